@@ -1,0 +1,270 @@
+"""Linear equations between log-scales: signed connected components, then elimination.
+
+A *label* is an unknown log-scale. Label arrays hold label numbers; 0 is the log-scale 0 and
+``WILD`` marks an entry that is zero (or infinite) and therefore fits every scale.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+WILD = -1
+_MAX_ROUNDS = 200
+_MAX_ROWS = 1 << 24
+
+
+class Term(NamedTuple):
+    """``coefficient · z[labels]``; the array broadcasts against the value it describes."""
+
+    coefficient: float
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelBlock:
+    """Labels created together: for axes of a leaf, or by an operation (``leaf`` is None)."""
+
+    start: int
+    leaf: int | None
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Solved(NamedTuple):
+    """The solution space.
+
+    Attributes:
+      table: sparse (labels, labels): each log-scale as a combination of free ones.
+      free: the free labels, in order of creation.
+      reason: per label, the origin of the equation that fixes it at 0, or -1.
+      parent: per label, a label whose reason it shares.
+    """
+
+    table: Any
+    free: np.ndarray
+    reason: np.ndarray
+    parent: np.ndarray
+
+    def why(self, label: int) -> int:
+        """The origin that fixes ``label``, or -1."""
+        for _ in range(_MAX_ROUNDS):
+            if self.reason[label] >= 0 or self.parent[label] == label:
+                break
+            label = int(self.parent[label])
+        return int(self.reason[label])
+
+
+class Equations:
+    """A growing list of labels and of equations Σ coefficient · z[label] = 0."""
+
+    def __init__(self) -> None:
+        self.blocks: list[LabelBlock] = []
+        self.count = 1
+        self._rows: list[tuple[np.ndarray, np.ndarray, int]] = []
+
+    def new(
+        self, shape: tuple[int, ...], leaf: int | None = None, axes: tuple[int, ...] = ()
+    ) -> np.ndarray:
+        """A new array of labels."""
+        size = int(np.prod(shape, dtype=np.int64))
+        labels = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self.blocks.append(LabelBlock(self.count, leaf, axes, tuple(shape)))
+        self.count += size
+        return labels
+
+    def block_numbers(self, labels: np.ndarray) -> np.ndarray:
+        """The distinct blocks that an array's labels belong to."""
+        known = labels[labels > 0]
+        if not known.size:
+            return np.zeros(0, np.int64)
+        starts = np.array([block.start for block in self.blocks])
+        return np.unique(np.searchsorted(starts, known, side="right") - 1)
+
+    def require(self, terms: list[Term], origin: int) -> None:
+        """Adds Σ terms = 0, elementwise after broadcasting; rows with a wild entry say nothing."""
+        terms = cancel(terms)
+        if not terms:
+            return
+        shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
+        if np.prod(shape, dtype=np.float64) > _MAX_ROWS:
+            # Too many to write down: each term vanishing is a sound, stronger demand.
+            for term in terms:
+                if len(terms) > 1:
+                    self.require([term], origin)
+            return
+        labels = np.stack([np.broadcast_to(t.labels, shape).reshape(-1) for t in terms], axis=1)
+        labels = labels[(labels != WILD).all(axis=1)]
+        if len(labels) > 1 and labels.size < _MAX_ROWS:
+            labels = np.unique(labels, axis=0)
+        self._rows.append((np.array([t.coefficient for t in terms]), labels, origin))
+
+    def solve(self) -> Solved:
+        """All solutions, as a table over free labels."""
+        is_leaf = np.zeros(self.count, bool)
+        for block in self.blocks:
+            size = int(np.prod(block.shape, dtype=np.int64))
+            is_leaf[block.start : block.start + size] = block.leaf is not None
+        return _solve(*self._matrix(), is_leaf)
+
+    def _matrix(self) -> tuple[Any, np.ndarray]:
+        counts = [len(labels) for _, labels, _ in self._rows]
+        if not sum(counts):
+            return sparse.csr_matrix((0, self.count)), np.zeros(0, np.int64)
+        first = np.cumsum([0, *counts[:-1]])
+        rows = np.concatenate(
+            [
+                np.repeat(np.arange(start, start + n), len(coefficients))
+                for start, n, (coefficients, _, _) in zip(first, counts, self._rows, strict=True)
+            ]
+        )
+        cols = np.concatenate([labels.reshape(-1) for _, labels, _ in self._rows])
+        data = np.concatenate([np.tile(c, len(labels)) for c, labels, _ in self._rows])
+        origins = np.repeat([origin for _, _, origin in self._rows], counts)
+        keep = cols > 0
+        shape = (sum(counts), self.count)
+        return sparse.csr_matrix((data[keep], (rows[keep], cols[keep])), shape), origins
+
+
+def cancel(terms: list[Term]) -> list[Term]:
+    """Adds up terms over the same labels and drops what is zero."""
+    merged: list[Term] = []
+    for term in terms:
+        if not term.labels.any():
+            continue
+        for k, other in enumerate(merged):
+            if other.labels is term.labels or (
+                other.labels.shape == term.labels.shape and np.array_equal(other.labels, term.labels)
+            ):
+                merged[k] = Term(other.coefficient + term.coefficient, other.labels)
+                break
+        else:
+            merged.append(term)
+    return [term for term in merged if abs(term.coefficient) > 1e-9 or (term.labels == WILD).any()]
+
+
+def _solve(equations: Any, origins: np.ndarray, is_leaf: np.ndarray) -> Solved:
+    count = len(is_leaf)
+    diagonal = np.ones(count)
+    diagonal[0] = 0.0
+    table = sparse.diags(diagonal, format="csr")
+    reason = np.full(count, -1, np.int64)
+    parent = np.arange(count)
+    # Leaves are written in terms of what operations create, and later labels by earlier ones.
+    rank = np.arange(count) + is_leaf * count
+    for step in range(_MAX_ROUNDS + 1):
+        current = _clean(equations @ table)
+        nonzero = np.diff(current.indptr)
+        alive = nonzero > 0
+        if not alive.any():
+            break
+        equations, current = equations[alive], current[alive]
+        origins, nonzero = origins[alive], nonzero[alive]
+        first, second = current.indptr[:-1], np.minimum(current.indptr[:-1] + 1, current.nnz - 1)
+        single = (nonzero == 1) | (step == _MAX_ROUNDS)
+        pair = (nonzero == 2) & np.isclose(abs(current.data[first]), abs(current.data[second]))
+        if single.any() or pair.any():
+            zeros = current.indices[np.repeat(single, nonzero)]
+            zero_origins = np.repeat(origins[single], nonzero[single])
+            left, right = current.indices[first[pair]], current.indices[second[pair]]
+            opposite = current.data[first[pair]] * current.data[second[pair]] > 0
+            representative, sign, dead, why = _components(
+                count, rank, (zeros, zero_origins), (left, right, opposite, origins[pair])
+            )
+            reason[dead] = why[dead]
+            merged = ~dead & (representative != np.arange(count))
+            parent[merged] = representative[merged]
+            substitution = sparse.csr_matrix(
+                (np.where(dead, 0.0, sign), (np.arange(count), representative)), (count, count)
+            )
+        else:
+            substitution, pivots, givers = _eliminate(current, rank)
+            parent[pivots] = givers
+        table = _clean(table @ substitution)
+    return Solved(table, np.unique(table.indices), reason, parent)
+
+
+def _clean(matrix: Any) -> Any:
+    matrix = matrix.tocsr()
+    matrix.sum_duplicates()
+    matrix.data[abs(matrix.data) < 1e-9] = 0.0
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def _components(
+    count: int,
+    rank: np.ndarray,
+    zeros: tuple[np.ndarray, np.ndarray],
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Classes of labels equal up to sign; node j + count stands for the inverse of label j."""
+    left, right, opposite, pair_origins = pairs
+    to = np.where(opposite, right + count, right)
+    mirrored = np.where(opposite, right, right + count)
+    ones = np.ones(2 * len(left), bool)
+    edges = (np.concatenate([left, left + count]), np.concatenate([to, mirrored]))
+    number, classes = csgraph.connected_components(
+        sparse.csr_matrix((ones, edges), (2 * count, 2 * count)), directed=False
+    )
+    both = np.concatenate([rank, rank])
+    lowest = np.full(number, np.iinfo(np.int64).max)
+    np.minimum.at(lowest, classes, both)
+    node_of = np.zeros(number, np.int64)
+    best = np.flatnonzero(both == lowest[classes])
+    node_of[classes[best]] = best
+    chosen = node_of[classes[:count]]
+    representative, sign = chosen % count, np.where(chosen < count, 1.0, -1.0)
+
+    # A class is fixed at 0 by an equation, or because it holds a label and its inverse.
+    why = np.full(number, np.iinfo(np.int64).max)
+    np.minimum.at(why, classes[zeros[0]], zeros[1])
+    np.minimum.at(why, classes[zeros[0] + count], zeros[1])
+    contradiction = classes[:count] == classes[count:]
+    contradictory = np.zeros(number, bool)
+    contradictory[classes[:count][contradiction]] = True
+    inside = contradictory[classes[left]]
+    np.minimum.at(why, classes[left[inside]], pair_origins[inside])
+    why_label = np.minimum(why[classes[:count]], why[classes[count:]])
+    dead = why_label < np.iinfo(np.int64).max
+    return representative, sign, dead, np.where(dead, why_label, -1)
+
+
+def _eliminate(current: Any, rank: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Solves equations of three and more labels, or of unequal weights, for one label each."""
+    count = current.shape[1]
+    starts = current.indptr[:-1]
+    ranks = rank[current.indices]
+    top = np.maximum.reduceat(ranks, starts)
+    rows = np.repeat(np.arange(current.shape[0]), np.diff(current.indptr))
+    at = np.flatnonzero(ranks == top[rows])
+    pivot = current.indices[at]
+    _, first = np.unique(pivot, return_index=True)
+    chosen = np.zeros(current.shape[0], bool)
+    chosen[first] = True
+    is_pivot = np.zeros(count, bool)
+    is_pivot[pivot[first]] = True
+    clashes = np.bincount(rows, is_pivot[current.indices], current.shape[0])
+    independent = chosen & (clashes == 1)
+    if not independent.any():
+        independent = np.zeros_like(chosen)
+        independent[first[0]] = True
+    picked = np.flatnonzero(independent)
+    sub = current[picked]
+    sub_rows = np.repeat(np.arange(len(picked)), np.diff(sub.indptr))
+    target, weight = pivot[picked][sub_rows], current.data[at[picked]][sub_rows]
+    others = sub.indices != target
+    kept = np.ones(count, bool)
+    kept[pivot[picked]] = False
+    diagonal = np.flatnonzero(kept)
+    data = np.concatenate([np.ones(len(diagonal)), (-sub.data / weight)[others]])
+    where = (
+        np.concatenate([diagonal, target[others]]),
+        np.concatenate([diagonal, sub.indices[others]]),
+    )
+    givers = np.zeros(count, np.int64)
+    givers[target[others]] = sub.indices[others]
+    pivots = pivot[picked]
+    return sparse.csr_matrix((data, where), (count, count)), pivots, givers[pivots]

@@ -1,0 +1,1 @@
+"""Studies on real data: one file per study; data, networks and the training loop are shared."""

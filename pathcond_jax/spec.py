@@ -1,0 +1,324 @@
+"""The architecture spec: which entries of a parameter tree share a scale, as plain data."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+class SpecError(ValueError):
+    """A spec, or a parameter tree that does not fit it, cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Incidence:
+    """Where the neurons of one group meet one parameter leaf.
+
+    Attributes:
+      path: the leaf, as in ``"params/Dense_0/kernel"``.
+      axes: the axes of the leaf along which the neurons are laid out.
+      index: integer array of shape ``[leaf.shape[a] for a in axes]``: the neuron, within its
+        group, that each slice belongs to; -1 where a slice belongs to none.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    index: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", tuple(int(a) for a in np.atleast_1d(self.axes)))
+        index = np.asarray(self.index, np.int32)
+        index.setflags(write=False)
+        object.__setattr__(self, "index", index)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{','.join(map(str, self.axes))}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuronGroup:
+    """Neurons of one layer or stream; neuron k of the group has one scale λ_k > 0.
+
+    Rescaling multiplies the incoming slices by λ_k and divides the outgoing slices by it.
+
+    Attributes:
+      name: the layer that creates the neurons, for people.
+      size: the number of neurons.
+      incoming: the weights and biases that enter the neurons.
+      outgoing: the weights that leave them.
+    """
+
+    name: str
+    size: int
+    incoming: tuple[Incidence, ...]
+    outgoing: tuple[Incidence, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "incoming", tuple(self.incoming))
+        object.__setattr__(self, "outgoing", tuple(self.outgoing))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the parameter tree.
+
+    Attributes:
+      path: its place in the tree, keys joined by ``/``.
+      shape: its shape.
+      dtype: its dtype.
+      trainable: whether rescaling may touch it; only trainable entries count in ``p``.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    trainable: bool
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """An axis of a trainable leaf that may not be rescaled, and why.
+
+    Attributes:
+      path: the leaf.
+      axis: the axis, or None for the whole leaf.
+      operation: the operation that forbids it, such as ``"tanh"``.
+      source: the user's line that runs the operation, ``"file.py:12 (function)"``, or "".
+      reason: one sentence.
+    """
+
+    path: str
+    axis: int | None
+    operation: str
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        axis = "" if self.axis is None else f" axis {self.axis}"
+        where = f" at {self.source}" if self.source else ""
+        return f"{self.path}{axis}: {self.reason}{where}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArchSpec:
+    """What may be rescaled in a network: static, printable, compared and hashed by identity.
+
+    Build it once with ``trace_spec`` or ``chain_spec``; close over it or pass it as a static
+    argument of ``jax.jit``.
+
+    Attributes:
+      groups: the neuron groups in forward order.
+      leaves: every leaf of the parameter tree, in flattening order.
+      treedef: the structure of the parameter tree.
+      pinned: what may not be rescaled, and why.
+      program: the traced network, which path lifting runs on one example; None if there is none.
+      apply_fn: the network as a function; None if there is none.
+      example_inputs: the shapes and dtypes of the inputs after the parameters.
+      max_pool: how path lifting treats max pooling, ``"paths"`` or ``"max"``.
+    """
+
+    groups: tuple[NeuronGroup, ...]
+    leaves: tuple[Leaf, ...]
+    treedef: Any
+    pinned: tuple[Pinned, ...] = ()
+    program: Any = None
+    max_pool: str = "paths"
+    apply_fn: Callable[..., Any] | None = None
+    example_inputs: tuple[PyTree, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        for group in self.groups:
+            _check_group(group, self._by_path)
+
+    @property
+    def num_neurons(self) -> int:
+        """H, the number of scales."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def num_parameters(self) -> int:
+        """p, the number of trainable entries, rescaled or not."""
+        return sum(leaf.size for leaf in self.leaves if leaf.trainable)
+
+    @cached_property
+    def _by_path(self) -> dict[str, Leaf]:
+        return {leaf.path: leaf for leaf in self.leaves}
+
+    def leaf(self, path: str) -> Leaf:
+        """The leaf at ``path``.
+
+        Raises:
+          SpecError: the tree has no such leaf.
+        """
+        if path not in self._by_path:
+            raise SpecError(f"no parameter {path!r}; the tree has {_some(self._by_path)}")
+        return self._by_path[path]
+
+    def group_of(self, path: str) -> tuple[NeuronGroup, ...]:
+        """The groups whose neurons enter or leave the leaf at ``path``.
+
+        Raises:
+          SpecError: the tree has no such leaf.
+        """
+        self.leaf(path)
+        return tuple(
+            group
+            for group in self.groups
+            if any(i.path == path for i in (*group.incoming, *group.outgoing))
+        )
+
+    def __str__(self) -> str:
+        return _table(self)
+
+    __repr__ = __str__
+
+
+def leaf_path(key_path: Any) -> str:
+    """The name of a leaf, keys joined by ``/``."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def describe_leaves(
+    params: PyTree, trainable: Callable[[str], bool] | PyTree | None = None
+) -> tuple[tuple[Leaf, ...], Any]:
+    """The leaves and structure of a parameter tree of arrays or shapes.
+
+    Args:
+      params: a pytree of arrays or ``jax.ShapeDtypeStruct``.
+      trainable: None: floating leaves, and only those under ``"params"`` if the tree is a
+        mapping with that key. A function of the leaf's path, or a pytree prefix of booleans.
+
+    Returns:
+      The leaves in flattening order, and the tree structure.
+
+    Raises:
+      SpecError: a leaf is no array, or one declared trainable is not of floating dtype.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [leaf_path(key) for key, _ in flat]
+    declared = _declared_trainable(params, trainable, paths)
+    leaves = []
+    for path, (_, value), chosen in zip(paths, flat, declared, strict=True):
+        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+            if isinstance(value, (bool, int, float, complex)):
+                value = np.asarray(value)
+            else:
+                raise SpecError(
+                    f"parameter {path!r} is a {type(value).__name__}, not an array; pass the arrays "
+                    "of your model only and close over the rest"
+                )
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        if chosen and not floating and trainable is not None:
+            raise SpecError(f"parameter {path!r} has dtype {value.dtype}; only floats can be trainable")
+        leaves.append(Leaf(path, tuple(value.shape), value.dtype, bool(chosen and floating)))
+    if not any(leaf.trainable for leaf in leaves):
+        found = ", ".join(f"{leaf.path}: {leaf.dtype}" for leaf in leaves[:4]) or "no array at all"
+        raise SpecError(f"the parameter tree has no trainable floating-point leaf; it has {found}")
+    return tuple(leaves), treedef
+
+
+def match_leaves(spec: ArchSpec, tree: PyTree, what: str = "params") -> list[Any]:
+    """The leaves of ``tree`` in the order of ``spec.leaves``.
+
+    Raises:
+      SpecError: the structure, a shape or a floating dtype differs from the spec's.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    if treedef != spec.treedef:
+        theirs, ours = {leaf_path(k) for k, _ in flat}, set(spec._by_path)
+        missing, extra = sorted(ours - theirs), sorted(theirs - ours)
+        detail = "; ".join(
+            part
+            for part in (
+                missing and f"missing {_some(missing)}",
+                extra and f"unexpected {_some(extra)}",
+            )
+            if part
+        )
+        raise SpecError(
+            f"{what} has another structure than the tree the spec was built from: "
+            f"{detail or f'{treedef} instead of {spec.treedef}'}"
+        )
+    for leaf, (_, value) in zip(spec.leaves, flat, strict=True):
+        if np.shape(value) != leaf.shape:
+            raise SpecError(
+                f"{what}: {leaf.path!r} has shape {np.shape(value)}, the spec was built for {leaf.shape}"
+            )
+        if leaf.trainable and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise SpecError(
+                f"{what}: {leaf.path!r} has dtype {jnp.result_type(value)}; floats are needed"
+            )
+    return [value for _, value in flat]
+
+
+def _declared_trainable(params: PyTree, trainable: Any, paths: Sequence[str]) -> list[bool]:
+    if trainable is None:
+        if isinstance(params, Mapping) and "params" in params:
+            return [path == "params" or path.startswith("params/") for path in paths]
+        return [True] * len(paths)
+    if callable(trainable):
+        return [bool(trainable(path)) for path in paths]
+    full = jax.tree.map(lambda flag, sub: jax.tree.map(lambda _: bool(flag), sub), trainable, params)
+    return jax.tree.leaves(full)
+
+
+def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
+    for side in ("incoming", "outgoing"):
+        if not getattr(group, side):
+            raise SpecError(f"group {group.name!r} has no {side} parameter")
+        for incidence in getattr(group, side):
+            where = f"group {group.name!r}, {side} {incidence}"
+            leaf = leaves.get(incidence.path)
+            if leaf is None:
+                raise SpecError(f"{where}: no such parameter; the tree has {_some(leaves)}")
+            if not leaf.trainable:
+                raise SpecError(f"{where}: the parameter is not trainable")
+            if any(not 0 <= a < len(leaf.shape) for a in incidence.axes):
+                raise SpecError(f"{where}: the parameter has shape {leaf.shape}")
+            expected = tuple(leaf.shape[a] for a in incidence.axes)
+            if incidence.index.shape != expected:
+                raise SpecError(f"{where}: index has shape {incidence.index.shape}, not {expected}")
+            if incidence.index.size and not (
+                -1 <= incidence.index.min() and incidence.index.max() < group.size
+            ):
+                raise SpecError(f"{where}: index outside -1..{group.size - 1}")
+
+
+def _some(names: Any, limit: int = 6) -> str:
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _table(spec: ArchSpec) -> str:
+    head = ("group", "size", "incoming [axis]", "outgoing [axis]")
+    rows = [
+        (
+            group.name,
+            str(group.size),
+            ", ".join(map(str, group.incoming)),
+            ", ".join(map(str, group.outgoing)),
+        )
+        for group in spec.groups
+    ]
+    widths = [max(len(row[c]) for row in [head, *rows]) for c in range(4)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    lines.append(
+        f"{spec.num_neurons} neurons in {len(spec.groups)} groups; {spec.num_parameters} trainable entries"
+    )
+    if spec.pinned:
+        lines += ["pinned:", *(f"  {pin}" for pin in spec.pinned)]
+    return "\n".join(lines)
