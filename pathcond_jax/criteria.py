@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax.lifting import ScaledDiagonal, scaled_gram_diagonal
-from pathcond_jax.spec import ArchSpec, Incidence, Leaf, PyTree, match_leaves
+from pathcond_jax.spec import ArchSpec, Incidence, Leaf, PyTree, compute_dtype, match_leaves
 
 
 class Link(NamedTuple):
@@ -140,7 +140,7 @@ CRITERIA = {"path": _path}
 
 def _with_norm(goal: Objective, params: PyTree, spec: ArchSpec, weight: float) -> Objective:
     """Adds weight · p · log Σ θ² e^{−2Bz}, which no rescaling of ``params`` changes."""
-    squares = jax.tree.map(lambda x: jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), params)
+    squares = jax.tree.map(lambda x: jnp.square(x.astype(compute_dtype(x.dtype))), params)
     term = LogSum(weight * spec.num_parameters, -2.0, *reduce_masses(spec, squares))
     return goal._replace(terms=(*goal.terms, term))
 
@@ -191,11 +191,6 @@ def layout(spec: ArchSpec) -> Layout:
             block = blocks[key]._replace(sources=blocks[key].sources + block.sources)
         blocks[key] = block
     return Layout(tuple(g.size for g in spec.groups), tuple(blocks.values()), tuple(surplus))
-
-
-def compute_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
-    """The dtype that criteria are computed in: the widest given, at least float32."""
-    return max([jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)], key=lambda d: jnp.finfo(d).bits)
 
 
 def axis_sum(axis: Axis, log_scales: tuple[jax.Array, ...], batch: int) -> jax.Array:

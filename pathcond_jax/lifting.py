@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax.graph import Graph, Node, primitive
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError, compute_dtype, match_leaves
 
 
 class NotPathLiftableError(ValueError):
@@ -165,7 +165,7 @@ def conditioning_score(params: PyTree, spec: ArchSpec) -> jax.Array:
         for leaf, m, s in pairs
         if leaf.trainable
     ]
-    dtype = functools.reduce(jnp.promote_types, [part.dtype for part in logs])
+    dtype = compute_dtype(*(part.dtype for part in logs))
     logs = jnp.concatenate([part.astype(dtype) for part in logs])
     positive = logs > -jnp.inf
     count = jnp.maximum(positive.sum(), 1).astype(dtype)
@@ -312,11 +312,11 @@ class _Lifting:
 
 
 def _computing(value: jax.Array) -> jax.Array:
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return value.astype(compute_dtype(value.dtype))
 
 
 def _common_dtype(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    dtype = functools.reduce(jnp.promote_types, [array.dtype for array in arrays])
+    dtype = compute_dtype(*(array.dtype for array in arrays))
     return [array.astype(dtype) for array in arrays]
 
 
@@ -360,14 +360,14 @@ def _accumulate(adjoints: dict[_Value, Scaled], value: _Value, part: Scaled) -> 
 
 
 def _zeros_like(leaf: _Coefficient) -> Scaled:
-    dtype = jnp.promote_types(jnp.result_type(leaf.raw), jnp.float32)
+    dtype = compute_dtype(jnp.result_type(leaf.raw))
     return Scaled(jnp.zeros(jnp.shape(leaf.raw), dtype), jnp.zeros((), dtype))
 
 
 def _network_input(aval: jax.ShapeDtypeStruct) -> _Value:
     if not jnp.issubdtype(aval.dtype, jnp.floating):
         return _Gate()
-    dtype = jnp.promote_types(aval.dtype, jnp.float32)
+    dtype = compute_dtype(aval.dtype)
     return _Signal(Scaled(jnp.ones(aval.shape, dtype), jnp.zeros((), dtype)))
 
 

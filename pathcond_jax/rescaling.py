@@ -9,7 +9,7 @@ import numpy as np
 
 from pathcond_jax.criteria import objective
 from pathcond_jax.solvers import Solution, solve
-from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, match_leaves
+from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, compute_dtype, match_leaves
 
 LogScales = tuple[jax.Array, ...]
 
@@ -203,7 +203,7 @@ def _neuron_factors(
             raise SpecError(
                 f"log-scales of group {group.name!r} have dtype {jnp.result_type(z)}; floats are needed"
             )
-        scale = jnp.exp(jnp.asarray(z, jnp.promote_types(jnp.result_type(z), jnp.float32)))
+        scale = jnp.exp(jnp.asarray(z, compute_dtype(jnp.result_type(z))))
         inverse = 1 / scale
         pair = (scale, inverse) if power > 0 else (inverse, scale)
         factors.append(tuple(side ** abs(power) for side in pair))
@@ -223,7 +223,7 @@ def _along_leaf(incidence: Incidence, factor: jax.Array, spec: ArchSpec) -> jax.
 
 def _multiplied(value: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
     value = jnp.asarray(value)
-    dtype = jnp.promote_types(value.dtype, factors[0].dtype)
+    dtype = compute_dtype(value.dtype, factors[0].dtype)
     factor = factors[0].astype(dtype)
     for other in factors[1:]:
         factor = factor * other.astype(dtype)

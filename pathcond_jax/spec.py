@@ -185,6 +185,13 @@ class ArchSpec:
     __repr__ = __str__
 
 
+def compute_dtype(*dtypes: Any) -> Any:
+    """The dtype to compute on values of these dtypes in: the widest float, at least float32."""
+    # jnp.promote_types refuses mixed floats where the user has asked for strict promotion.
+    floats = [jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)
+
+
 def leaf_path(key_path: Any) -> str:
     """The name of a leaf, keys joined by ``/``."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
