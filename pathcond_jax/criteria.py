@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax.lifting import ScaledDiagonal, scaled_gram_diagonal
-from pathcond_jax.spec import ArchSpec, Incidence, Leaf, PyTree, compute_dtype, match_leaves
+from pathcond_jax.spec import (
+    ArchSpec,
+    Incidence,
+    Leaf,
+    PyTree,
+    SpecError,
+    compute_dtype,
+    match_leaves,
+)
 
 
 class Link(NamedTuple):

@@ -1,15 +1,25 @@
 """The group action on parameters, and conditioning: lift, solve, rescale."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pathcond_jax.criteria import objective
-from pathcond_jax.solvers import Solution, solve
-from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, compute_dtype, match_leaves
+from pathcond_jax.solvers import Solution, Status, solve
+from pathcond_jax.spec import (
+    ArchSpec,
+    Incidence,
+    PyTree,
+    SpecError,
+    compute_dtype,
+    match_leaves,
+    no_neuron,
+)
 
 LogScales = tuple[jax.Array, ...]
 
@@ -43,17 +53,13 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
       ([[2.0, 4.0]], [[0.5], [0.25]])
     """
     values = match_leaves(spec, params)
-    factors = _neuron_factors(spec, log_scales, power)
-    by_path: dict[str, list[jax.Array]] = {}
-    for number, group in enumerate(spec.groups):
-        for side, incidences in zip(factors[number], (group.incoming, group.outgoing), strict=True):
-            for incidence in incidences:
-                by_path.setdefault(incidence.path, []).append(_along_leaf(incidence, side, spec))
-    scaled = [
-        _multiplied(value, by_path[leaf.path]) if leaf.path in by_path else value
-        for leaf, value in zip(spec.leaves, values, strict=True)
-    ]
-    return jax.tree.unflatten(spec.treedef, scaled)
+    checked = _checked(log_scales, spec)
+    met = {i.path for group in spec.groups for i in (*group.incoming, *group.outgoing)}
+    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in met]
+    rescaled = _rescaled([values[k] for k in positions], checked, spec=spec, power=power)
+    for k, value in zip(positions, rescaled, strict=True):
+        values[k] = value
+    return jax.tree.unflatten(spec.treedef, values)
 
 
 def condition(
@@ -89,12 +95,20 @@ def condition(
     References:
       Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
     """
+    match_leaves(spec, params)
     if not spec.groups:
-        raise SpecError(_no_neuron(spec))
+        raise SpecError(no_neuron(spec))
     norm_weight = options.pop("norm_weight", 0.0)
     goal = objective(params, spec, criterion, norm_weight=norm_weight)
     solution = solve(goal, spec, **options)
-    return rescale(params, spec, solution.log_scales), solution
+    # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
+    keep = solution.status == Status.NON_FINITE
+    rescaled = jax.tree.map(
+        lambda old, new: old if new is old else jnp.where(keep, old, new),
+        params,
+        rescale(params, spec, solution.log_scales),
+    )
+    return rescaled, solution
 
 
 def round_to_powers_of_two(log_scales: LogScales) -> LogScales:
@@ -113,7 +127,7 @@ def round_to_powers_of_two(log_scales: LogScales) -> LogScales:
       >>> jnp.round(z / jnp.log(2.0)).tolist()
       [0.0, 1.0, -2.0]
     """
-    return tuple(jnp.round(z / np.log(2.0).astype(z.dtype)) * np.log(2.0).astype(z.dtype) for z in log_scales)
+    return tuple(_nearest_power(z)[1] for z in map(_as_log_scales, log_scales))
 
 
 def check_spec(
@@ -139,8 +153,9 @@ def check_spec(
       >>> pathcond.check_spec(spec, params) < 1e-6
       True
     """
+    match_leaves(spec, params)
     if spec.apply_fn is None:
-        raise SpecError("this spec has no apply function to check")
+        raise SpecError("this spec has no apply function to check; build it with trace_spec")
     keys = jax.random.split(jax.random.key(seed), trials + 1)
     if not inputs:
         inputs = _random_inputs(keys[0], spec)
@@ -150,8 +165,8 @@ def check_spec(
         after = jax.tree.leaves(
             spec.apply_fn(rescale(params, spec, random_log_scales(key, spec)), *inputs)
         )
-        worst = max([worst, *map(_relative_change, before, after)])
-    return worst
+        worst = np.max([worst, *map(_relative_change, before, after)])
+    return float(worst)
 
 
 def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogScales:
@@ -163,19 +178,17 @@ def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogS
     )
 
 
-def _no_neuron(spec: ArchSpec) -> str:
-    reasons = "; ".join(str(pin) for pin in spec.pinned[:4])
-    return "the network has no neuron to rescale" + (f": {reasons}" if reasons else "")
-
-
 def _relative_change(before: jax.Array, after: jax.Array) -> float:
-    if not jnp.issubdtype(jnp.result_type(before), jnp.floating) or not jnp.size(before):
+    """NaN where an output is NaN or infinite."""
+    if not jnp.issubdtype(jnp.result_type(before), jnp.inexact) or not jnp.size(before):
         return 0.0
-    one, two = np.asarray(before, np.float64), np.asarray(after, np.float64)
-    return float(np.max(abs(two - one)) / max(np.max(abs(one)), np.finfo(np.float64).tiny))
+    wide = np.result_type(before.dtype, np.float64)
+    one, two = np.asarray(before).astype(wide), np.asarray(after).astype(wide)
+    with np.errstate(invalid="ignore"):
+        return float(np.max(abs(two - one)) / max(np.max(abs(one)), np.finfo(np.float64).tiny))
 
 
-def _random_inputs(key: jax.Array, spec: ArchSpec) -> Sequence[PyTree]:
+def _random_inputs(key: jax.Array, spec: ArchSpec) -> tuple[PyTree, ...]:
     flat, treedef = jax.tree.flatten(spec.example_inputs)
     keys = jax.random.split(key, max(len(flat), 1))
     drawn = [
@@ -187,44 +200,107 @@ def _random_inputs(key: jax.Array, spec: ArchSpec) -> Sequence[PyTree]:
     return jax.tree.unflatten(treedef, drawn)
 
 
-def _neuron_factors(
-    spec: ArchSpec, log_scales: LogScales, power: int
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Per group, the factors of incoming and of outgoing entries."""
+class _Factor(NamedTuple):
+    """``mantissa · 2^exponent``: opposite factors meet before either can overflow."""
+
+    mantissa: jax.Array
+    exponent: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "power"))
+def _rescaled(
+    values: list[jax.Array], log_scales: list[jax.Array], *, spec: ArchSpec, power: int
+) -> list[jax.Array]:
+    """The leaves that neurons meet, in the order of the spec, each times its factors."""
+    by_path: dict[str, list[_Factor]] = {}
+    for group, z in zip(spec.groups, log_scales, strict=True):
+        scale = _factor(z)
+        for sign, incidences in ((power, group.incoming), (-power, group.outgoing)):
+            for incidence in incidences:
+                along = _along_leaf(incidence, _to_power(scale, sign), spec)
+                by_path.setdefault(incidence.path, []).append(along)
+    paths = [leaf.path for leaf in spec.leaves if leaf.path in by_path]
+    return [_multiplied(value, by_path[path]) for path, value in zip(paths, values, strict=True)]
+
+
+def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:
+    z = jnp.asarray(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise SpecError(f"{what} have dtype {z.dtype}; floats are needed")
+    return z.astype(compute_dtype(z.dtype))
+
+
+def _checked(log_scales: LogScales, spec: ArchSpec) -> list[jax.Array]:
+    if not isinstance(log_scales, (tuple, list)):
+        raise SpecError(
+            f"log_scales is a {type(log_scales).__name__}, not a tuple with one array per group"
+        )
     if len(log_scales) != len(spec.groups):
         raise SpecError(f"{len(log_scales)} arrays of log-scales for {len(spec.groups)} groups")
-    factors = []
+    checked = []
     for group, z in zip(spec.groups, log_scales, strict=True):
-        if jnp.shape(z) != (group.size,):
-            raise SpecError(
-                f"log-scales of group {group.name!r} have shape {jnp.shape(z)}, not {(group.size,)}"
-            )
-        if not jnp.issubdtype(jnp.result_type(z), jnp.floating):
-            raise SpecError(
-                f"log-scales of group {group.name!r} have dtype {jnp.result_type(z)}; floats are needed"
-            )
-        scale = jnp.exp(jnp.asarray(z, compute_dtype(jnp.result_type(z))))
-        inverse = 1 / scale
-        pair = (scale, inverse) if power > 0 else (inverse, scale)
-        factors.append(tuple(side ** abs(power) for side in pair))
-    return factors
+        what = f"log-scales of group {group.name!r}"
+        z = _as_log_scales(z, what)
+        if z.shape != (group.size,):
+            raise SpecError(f"{what} have shape {z.shape}, not {(group.size,)}")
+        checked.append(z)
+    return checked
 
 
-def _along_leaf(incidence: Incidence, factor: jax.Array, spec: ArchSpec) -> jax.Array:
+def _nearest_power(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The k for which 2^k is nearest to e^z, and k · log 2."""
+    log_two = np.log(2.0).astype(z.dtype)
+    k = lax.stop_gradient(jnp.round(z / log_two))
+    return k, k * log_two
+
+
+def _factor(z: jax.Array) -> _Factor:
+    """e^z; exactly a power of two where z is its rounded logarithm."""
+    k, nearest = _nearest_power(z)
+    # log 2 in two parts, of which the first times k is exact.
+    rest = (z - k * (355 / 512)) + k * 2.1219444005469057e-4
+    rest = jnp.where(z == nearest, z - lax.stop_gradient(z), rest)
+    return _Factor(jnp.exp(rest), k.astype(jnp.int32))
+
+
+def _to_power(factor: _Factor, power: int) -> _Factor:
+    mantissa = factor.mantissa ** abs(power)
+    return _Factor(mantissa if power > 0 else 1 / mantissa, power * factor.exponent)
+
+
+def _along_leaf(incidence: Incidence, factor: _Factor, spec: ArchSpec) -> _Factor:
     """A neuron factor laid out to broadcast against a leaf."""
-    rank = len(spec.leaf(incidence.path).shape)
-    taken = jnp.where(incidence.index >= 0, factor[np.maximum(incidence.index, 0)], 1)
-    order = np.argsort(incidence.axes)
-    shape = [1] * rank
+    shape = [1] * len(spec.leaf(incidence.path).shape)
     for axis, size in zip(incidence.axes, incidence.index.shape, strict=True):
         shape[axis] = size
-    return taken.transpose(order).reshape(shape)
+    order = np.argsort(incidence.axes)
+
+    def lay_out(values: jax.Array, neutral: int) -> jax.Array:
+        taken = values[np.maximum(incidence.index, 0)]
+        taken = jnp.where(incidence.index >= 0, taken, neutral)
+        return taken.transpose(order).reshape(shape)
+
+    return _Factor(lay_out(factor.mantissa, 1), lay_out(factor.exponent, 0))
 
 
-def _multiplied(value: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+def _multiplied(value: jax.Array, factors: Sequence[_Factor]) -> jax.Array:
     value = jnp.asarray(value)
-    dtype = compute_dtype(value.dtype, factors[0].dtype)
-    factor = factors[0].astype(dtype)
-    for other in factors[1:]:
-        factor = factor * other.astype(dtype)
-    return (value.astype(dtype) * factor).astype(value.dtype)
+    dtype = compute_dtype(value.dtype, *(factor.mantissa.dtype for factor in factors))
+    mantissa, exponent = factors[0].mantissa.astype(dtype), factors[0].exponent
+    for factor in factors[1:]:
+        mantissa = mantissa * factor.mantissa.astype(dtype)
+        exponent = exponent + factor.exponent
+    # In two steps, for factors outside of the range of the dtype.
+    half = exponent // 2
+    scaled = value.astype(dtype) * mantissa
+    for part in (half, exponent - half):
+        scaled = scaled * _power_of_two(part, dtype)
+    return scaled.astype(value.dtype)
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """2^exponent without rounding, which neither exp2 nor ldexp promises."""
+    info = jnp.finfo(dtype)
+    integer = jnp.dtype(f"int{info.bits}")
+    biased = jnp.clip(exponent, info.minexp, info.maxexp - 1) + (info.maxexp - 1)
+    return lax.bitcast_convert_type(biased.astype(integer) << info.nmant, dtype)

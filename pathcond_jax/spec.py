@@ -32,9 +32,12 @@ class Incidence:
     index: np.ndarray
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", tuple(int(a) for a in np.atleast_1d(self.axes)))
-        index = np.asarray(self.index, np.int32)
+        index = np.array(self.index)
+        if not np.issubdtype(index.dtype, np.integer):
+            raise SpecError(f"{self.path}: index has dtype {index.dtype}; integers are needed")
+        index = index.astype(np.int32)
         index.setflags(write=False)
+        object.__setattr__(self, "axes", tuple(int(a) for a in np.atleast_1d(self.axes)))
         object.__setattr__(self, "index", index)
 
     def __str__(self) -> str:
@@ -60,8 +63,15 @@ class NeuronGroup:
     outgoing: tuple[Incidence, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "incoming", tuple(self.incoming))
-        object.__setattr__(self, "outgoing", tuple(self.outgoing))
+        for side in ("incoming", "outgoing"):
+            given = getattr(self, side)
+            if not isinstance(given, (tuple, list)) or not all(
+                isinstance(incidence, Incidence) for incidence in given
+            ):
+                raise SpecError(
+                    f"group {self.name!r}: {side} is a sequence of Incidence, not {given!r}"
+                )
+            object.__setattr__(self, side, tuple(given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +148,10 @@ class ArchSpec:
     example_inputs: tuple[PyTree, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.groups, (tuple, list)) or not all(
+            isinstance(group, NeuronGroup) for group in self.groups
+        ):
+            raise SpecError(f"groups is a sequence of NeuronGroup, not {self.groups!r}")
         object.__setattr__(self, "groups", tuple(self.groups))
         for group in self.groups:
             _check_group(group, self._by_path)
@@ -197,6 +211,28 @@ def leaf_path(key_path: Any) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def layer_path(path: str) -> str:
+    """The layer that the leaf at ``path`` belongs to; "" if the tree is flat."""
+    keys = path.split("/")
+    # Flax nnx: the array is the `value` of a variable.
+    if keys[-1] == "value" and len(keys) > 2:
+        keys.pop()
+    return "/".join(keys[:-1])
+
+
+def no_neuron(spec: ArchSpec) -> str:
+    """Why a spec without groups has none, in one sentence for an error."""
+    # Every network pins its inputs and outputs; what it pins between them tells more.
+    sums = ("", "output", "dot_general", "conv_general_dilated")
+    between = [pin for pin in spec.pinned if pin.operation.split(" ")[0] not in sums]
+    telling = {(pin.reason, pin.source): pin for pin in reversed(between or spec.pinned)}
+    shown = "; ".join(str(pin) for pin in reversed(telling.values()))
+    return (
+        f"the network has no neuron to rescale{f' ({shown})' if shown else ''}; a neuron is a unit "
+        "between two trainable layers, behind an activation that scales pass, such as relu"
+    )
+
+
 def describe_leaves(
     params: PyTree, trainable: Callable[[str], bool] | PyTree | None = None
 ) -> tuple[tuple[Leaf, ...], Any]:
@@ -219,20 +255,26 @@ def describe_leaves(
     leaves = []
     for path, (_, value), chosen in zip(paths, flat, declared, strict=True):
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-            if isinstance(value, (bool, int, float, complex)):
-                value = np.asarray(value)
-            else:
+            if not isinstance(value, (bool, int, float, complex)):
                 raise SpecError(
-                    f"parameter {path!r} is a {type(value).__name__}, not an array; pass the arrays "
-                    "of your model only and close over the rest"
+                    f"parameter {path!r} is a {type(value).__name__}, not an array; pass the "
+                    "arrays of your model only (equinox.partition, flax.nnx.split) and let "
+                    "apply_fn close over the rest"
                 )
+            value = jax.eval_shape(jnp.asarray, value)
         floating = jnp.issubdtype(value.dtype, jnp.floating)
         if chosen and not floating and trainable is not None:
-            raise SpecError(f"parameter {path!r} has dtype {value.dtype}; only floats can be trainable")
+            raise SpecError(
+                f"parameter {path!r} has dtype {value.dtype}; only floats can be trainable: cast "
+                "it or leave it out of `trainable`"
+            )
         leaves.append(Leaf(path, tuple(value.shape), value.dtype, bool(chosen and floating)))
     if not any(leaf.trainable for leaf in leaves):
         found = ", ".join(f"{leaf.path}: {leaf.dtype}" for leaf in leaves[:4]) or "no array at all"
-        raise SpecError(f"the parameter tree has no trainable floating-point leaf; it has {found}")
+        raise SpecError(
+            f"the parameter tree has no trainable floating-point leaf; it has {found}. Cast "
+            "integers to floats, and see that `trainable`, where given, selects something"
+        )
     return tuple(leaves), treedef
 
 
@@ -240,34 +282,55 @@ def match_leaves(spec: ArchSpec, tree: PyTree, what: str = "params") -> list[Any
     """The leaves of ``tree`` in the order of ``spec.leaves``.
 
     Raises:
-      SpecError: the structure, a shape or a floating dtype differs from the spec's.
+      SpecError: the structure or a shape differs from the spec's, or a trainable leaf is no float.
     """
+    if not isinstance(spec, ArchSpec):
+        raise SpecError(
+            f"spec is a {type(spec).__name__}, not an ArchSpec; the arguments are ({what}, spec)"
+        )
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     if treedef != spec.treedef:
-        theirs, ours = {leaf_path(k) for k, _ in flat}, set(spec._by_path)
-        missing, extra = sorted(ours - theirs), sorted(theirs - ours)
-        detail = "; ".join(
-            part
-            for part in (
-                missing and f"missing {_some(missing)}",
-                extra and f"unexpected {_some(extra)}",
-            )
-            if part
-        )
         raise SpecError(
             f"{what} has another structure than the tree the spec was built from: "
-            f"{detail or f'{treedef} instead of {spec.treedef}'}"
+            f"{_difference([leaf_path(k) for k, _ in flat], treedef, spec)}"
         )
-    for leaf, (_, value) in zip(spec.leaves, flat, strict=True):
-        if np.shape(value) != leaf.shape:
+    shapes = [np.shape(value) for _, value in flat]
+    for leaf, shape, (_, value) in zip(spec.leaves, shapes, flat, strict=True):
+        if shape != leaf.shape:
             raise SpecError(
-                f"{what}: {leaf.path!r} has shape {np.shape(value)}, the spec was built for {leaf.shape}"
+                f"{what}: {leaf.path!r} has shape {shape}, the spec was built for {leaf.shape}"
+                + _stacked(shapes, spec)
             )
         if leaf.trainable and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise SpecError(
                 f"{what}: {leaf.path!r} has dtype {jnp.result_type(value)}; floats are needed"
             )
     return [value for _, value in flat]
+
+
+def _difference(paths: Sequence[str], treedef: Any, spec: ArchSpec) -> str:
+    """What makes a tree another one than the spec's."""
+    known = list(spec._by_path)
+    if known == [f"params/{path}" for path in paths]:
+        return 'it is the contents of "params"; pass the whole tree, {"params": ...}'
+    if paths == [f"params/{path}" for path in known]:
+        return 'it is wrapped in {"params": ...}; pass what is inside'
+    missing = [path for path in known if path not in set(paths)]
+    extra = [path for path in paths if path not in spec._by_path]
+    if not missing and not extra:
+        return f"the same leaves in other containers, {treedef} instead of {spec.treedef}"
+    named = (("missing", missing), ("unexpected", extra))
+    return "; ".join(f"{word} {_some(names)}" for word, names in named if names)
+
+
+def _stacked(shapes: Sequence[tuple[int, ...]], spec: ArchSpec) -> str:
+    """A hint where every leaf has one more leading axis."""
+    sizes = {shape[:1] for shape in shapes}
+    if len(sizes) > 1 or any(
+        shape[1:] != leaf.shape for shape, leaf in zip(shapes, spec.leaves, strict=True)
+    ):
+        return ""
+    return f"; every leaf has a leading axis of {shapes[0][0]}: map over it with jax.vmap"
 
 
 def _declared_trainable(params: PyTree, trainable: Any, paths: Sequence[str]) -> list[bool]:
@@ -277,14 +340,29 @@ def _declared_trainable(params: PyTree, trainable: Any, paths: Sequence[str]) ->
         return [True] * len(paths)
     if callable(trainable):
         return [bool(trainable(path)) for path in paths]
-    full = jax.tree.map(lambda flag, sub: jax.tree.map(lambda _: bool(flag), sub), trainable, params)
-    return jax.tree.leaves(full)
+    for key, flag in jax.tree_util.tree_leaves_with_path(trainable):
+        if not isinstance(flag, (bool, np.bool_)):
+            where = f" at {leaf_path(key)!r}" if key else ""
+            raise SpecError(
+                "trainable is a function of a leaf's path, or a pytree prefix of booleans; it has "
+                f"{flag!r}{where}"
+            )
+    try:
+        full = jax.tree.map(
+            lambda flag, sub: jax.tree.map(lambda _: bool(flag), sub), trainable, params
+        )
+        return jax.tree.leaves(full)
+    except ValueError as error:
+        raise SpecError(f"trainable is no prefix of the parameter tree: {error}") from None
 
 
 def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
     for side in ("incoming", "outgoing"):
         if not getattr(group, side):
-            raise SpecError(f"group {group.name!r} has no {side} parameter")
+            raise SpecError(
+                f"group {group.name!r} has no {side} parameter; a neuron needs both, or its scale "
+                "changes the function"
+            )
         for incidence in getattr(group, side):
             where = f"group {group.name!r}, {side} {incidence}"
             leaf = leaves.get(incidence.path)
@@ -292,14 +370,20 @@ def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
                 raise SpecError(f"{where}: no such parameter; the tree has {_some(leaves)}")
             if not leaf.trainable:
                 raise SpecError(f"{where}: the parameter is not trainable")
-            if any(not 0 <= a < len(leaf.shape) for a in incidence.axes):
-                raise SpecError(f"{where}: the parameter has shape {leaf.shape}")
+            if len(set(incidence.axes)) < len(incidence.axes) or any(
+                not 0 <= a < len(leaf.shape) for a in incidence.axes
+            ):
+                raise SpecError(
+                    f"{where}: the parameter has shape {leaf.shape}; its axes are "
+                    f"{_some(range(len(leaf.shape)))}, each once at most"
+                )
             expected = tuple(leaf.shape[a] for a in incidence.axes)
             if incidence.index.shape != expected:
-                raise SpecError(f"{where}: index has shape {incidence.index.shape}, not {expected}")
-            if incidence.index.size and not (
-                -1 <= incidence.index.min() and incidence.index.max() < group.size
-            ):
+                raise SpecError(
+                    f"{where}: index has shape {incidence.index.shape}, not {expected}, that of "
+                    f"the parameter {leaf.shape} along these axes"
+                )
+            if ((incidence.index < -1) | (incidence.index >= group.size)).any():
                 raise SpecError(f"{where}: index outside -1..{group.size - 1}")
 
 
@@ -321,10 +405,14 @@ def _table(spec: ArchSpec) -> str:
         for group in spec.groups
     ]
     widths = [max(len(row[c]) for row in [head, *rows]) for c in range(4)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
     lines.insert(1, "  ".join("-" * w for w in widths))
     lines.append(
-        f"{spec.num_neurons} neurons in {len(spec.groups)} groups; {spec.num_parameters} trainable entries"
+        f"{spec.num_neurons} neurons in {len(spec.groups)} group{'s' * (len(spec.groups) != 1)}; "
+        f"{spec.num_parameters} trainable entries"
     )
     if spec.pinned:
         lines += ["pinned:", *(f"  {pin}" for pin in spec.pinned)]
