@@ -1,0 +1,156 @@
+"""``pathcond reproduce``: the studies by name, and what runs them.
+
+To add a study, write a module as ``study.py`` describes and list it in ``STUDIES``.
+"""
+
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from pathcond_jax.experiments import sources
+from pathcond_jax.experiments.store import Store, write_csv
+from pathcond_jax.experiments.study import Context, Options, Report, Result, Study, Table, Task
+
+# A name is also the module's name in this package; the line says what it shows.
+STUDIES = {
+    "figure1": "one neuron, three starts: losses and trajectories",
+    "figure2": "how many epochs deep MLPs take (CIFAR-10 or digits)",
+    "figure3": "a fully convolutional network, with and without BatchNorm (CIFAR-10 or digits)",
+    "figure4": "unequal widths and the size of the log-scales",
+    "figure5": "autoencoders of growing compression (MNIST or digits)",
+    "moons": "small MLPs on two moons",
+    "timing": "what conditioning costs",
+    "helps": "whether conditioning helps, at every method's own best learning rate",
+}
+
+
+def study(name: str) -> Study:
+    """The module of a study.
+
+    Raises:
+      ValueError: there is no such study.
+    """
+    if name not in STUDIES:
+        raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
+    module: Study = importlib.import_module(f"{__package__}.{name}")
+    return module
+
+
+def main(
+    name: str,
+    *,
+    out: Path,
+    quick: bool = False,
+    seed: int = 0,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Runs what is not finished yet of a study, then prints and writes its report.
+
+    Args:
+      name: a name in ``STUDIES``.
+      out: where the results, ``<name>.csv`` and the figures go.
+      quick: the small grid.
+      seed: of everything random.
+      dataset: one of the study's data sets; None: the paper's.
+      data_dir: where downloaded data sets lie.
+      fresh: do not use stored results.
+      console: where to print.
+
+    Returns:
+      The report.
+
+    Raises:
+      ValueError: the study or data set does not exist.
+      DataError: a file of the data set is missing or damaged.
+    """
+    console = console or Console()
+    module = study(name)
+    options = Options(quick, seed, _dataset(name, module, dataset))
+    if options.dataset in sources.LOADERS:
+        # A missing file is better reported now than after an hour of other tasks.
+        sources.load(options.dataset, data_dir)
+    store = Store(out / name)
+    results = _run_all(module, module.tasks(options), store, data_dir, fresh, console)
+    report = module.report(results)
+    for table in report.tables:
+        console.print()
+        console.print(as_rich(table))
+    for sentence in report.findings:
+        console.print(f"• {sentence}", highlight=False, markup=False)
+    console.print()
+    for path in _write(name, report, results, out):
+        console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    console.print(f"Results of each run: {store.folder}", highlight=False, soft_wrap=True)
+    return report
+
+
+def as_rich(table: Table) -> RichTable:
+    """The table as rich prints it."""
+    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, head in enumerate(table.heads):
+        drawn.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def _dataset(name: str, module: Study, asked: str | None) -> str:
+    if asked is None:
+        return module.DATASETS[0] if module.DATASETS else ""
+    if asked not in module.DATASETS:
+        known = ", ".join(module.DATASETS) or "none: it needs no data"
+        raise ValueError(f"{name} has no data set {asked!r}; there are {known}")
+    return asked
+
+
+def _run_all(
+    module: Study,
+    tasks: Sequence[Task],
+    store: Store,
+    data_dir: Path | None,
+    fresh: bool,
+    console: Console,
+) -> list[Result]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    results = []
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(tasks))
+        for number, task in enumerate(tasks):
+            progress.update(bar, description=f"{task.name} ({number + 1}/{len(tasks)})")
+            result = None if fresh else store.load(task)
+            if result is None:
+                context = Context(data_dir, lambda part: progress.advance(bar, part))
+                start = time.perf_counter()
+                values = module.run(task.settings, context)
+                result = store.save(task, values, time.perf_counter() - start)
+            results.append(result)
+            progress.update(bar, completed=number + 1)
+        progress.update(bar, description="finished")
+    return results
+
+
+def _write(name: str, report: Report, results: Sequence[Result], out: Path) -> list[Path]:
+    table = out / f"{name}.csv"
+    write_csv(table, results)
+    paths = [table]
+    for suffix, figure in report.figures.items():
+        stem = f"{name}_{suffix}" if suffix else name
+        for kind in ("png", "pdf"):
+            path = out / f"{stem}.{kind}"
+            figure.savefig(path, dpi=150)
+            paths.append(path)
+    return paths
