@@ -226,13 +226,19 @@ def _without_dead_code(graph: Graph) -> Graph:
     return dataclasses.replace(graph, nodes=tuple(reversed(kept)), constants=constants)
 
 
-@functools.cache
+_LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "chex", "numpy", "pathcond_jax")
+
+
 def _library_folders() -> tuple[str, ...]:
     """Folders whose frames are not the user's: this package and the network libraries."""
-    names = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "chex", "numpy", "pathcond_jax")
-    files = [getattr(sys.modules.get(name), "__file__", None) for name in names]
-    folders = [os.path.dirname(os.path.abspath(file)) + os.sep for file in files if file]
-    return tuple(folders)
+    # Which of them are imported changes while a program runs.
+    return _folders_of(tuple(name for name in _LIBRARIES if name in sys.modules))
+
+
+@functools.cache
+def _folders_of(modules: tuple[str, ...]) -> tuple[str, ...]:
+    files = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in files if file)
 
 
 # Files in which JAX binds primitives and enters jitted functions.

@@ -233,7 +233,8 @@ def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:
 def _checked(log_scales: LogScales, spec: ArchSpec) -> list[jax.Array]:
     if not isinstance(log_scales, (tuple, list)):
         raise SpecError(
-            f"log_scales is a {type(log_scales).__name__}, not a tuple with one array per group"
+            "log_scales must be a tuple with one array per group, not of type "
+            f"{type(log_scales).__name__}"
         )
     if len(log_scales) != len(spec.groups):
         raise SpecError(f"{len(log_scales)} arrays of log-scales for {len(spec.groups)} groups")

@@ -257,7 +257,7 @@ def describe_leaves(
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
             if not isinstance(value, (bool, int, float, complex)):
                 raise SpecError(
-                    f"parameter {path!r} is a {type(value).__name__}, not an array; pass the "
+                    f"parameter {path!r} is no array, but of type {type(value).__name__}; pass the "
                     "arrays of your model only (equinox.partition, flax.nnx.split) and let "
                     "apply_fn close over the rest"
                 )
@@ -286,7 +286,8 @@ def match_leaves(spec: ArchSpec, tree: PyTree, what: str = "params") -> list[Any
     """
     if not isinstance(spec, ArchSpec):
         raise SpecError(
-            f"spec is a {type(spec).__name__}, not an ArchSpec; the arguments are ({what}, spec)"
+            f"spec must be an ArchSpec, not of type {type(spec).__name__}; the arguments are "
+            f"({what}, spec)"
         )
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     if treedef != spec.treedef:

@@ -1,6 +1,8 @@
 """Program -> spec: the neuron groups whose rescaling provably leaves the outputs unchanged."""
 
+import inspect
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from pathcond_jax.spec import (
     PyTree,
     SpecError,
     describe_leaves,
+    layer_path,
 )
 from pathcond_jax.symmetry_rules import Analysis, Scale
 
@@ -68,9 +71,16 @@ def trace_spec(
     """
     if max_pool not in ("paths", "max"):
         raise SpecError(f'max_pool is "paths" or "max", not {max_pool!r}')
+    if groups is not None and not isinstance(groups, (tuple, list)):
+        raise SpecError(f"groups is a sequence of NeuronGroup, not {groups!r}")
+    if not callable(apply_fn):
+        raise SpecError(
+            f"apply_fn must be a function, not of type {type(apply_fn).__name__}; the arguments "
+            "are (apply_fn, params, *inputs)"
+        )
     leaves, treedef = describe_leaves(params, trainable)
     graph = trace(apply_fn, params, *inputs)
-    _check_used(graph, leaves)
+    _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
     found, pinned = _infer(graph, leaves) if groups is None else (tuple(groups), ())
     shapes = jax.tree.map(_shape_of, inputs)
     program = _one_example(apply_fn, params, shapes, graph)
@@ -126,17 +136,23 @@ def chain_spec(params: PyTree, layers: Sequence[str]) -> ArchSpec:
       >>> pathcond.chain_spec(params, ["Dense_0", "Dense_1"]).num_neurons
       3
     """
+    if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
+        raise SpecError(f"layers is a sequence of names, not {layers!r}")
     leaves, _ = describe_leaves(params)
     chain = [_dense_layer(leaves, name) for name in layers]
     if len(chain) < 2:
-        raise SpecError("a chain needs two layers at least: there is no neuron to rescale")
+        raise SpecError(
+            f"a chain needs two layers at least, not {list(layers)!r}: it has no neuron to rescale"
+        )
     for (one, two), (name, after) in zip(
         zip(chain, chain[1:], strict=False), zip(layers, layers[1:], strict=False), strict=True
     ):
         if leaves[one[0]].shape[1] != leaves[two[0]].shape[0]:
             raise SpecError(
-                f"layer {name!r} has {leaves[one[0]].shape[1]} outputs, the next one, {after!r}, "
-                f"{leaves[two[0]].shape[0]} inputs"
+                f"layer {name!r} has {leaves[one[0]].shape[1]} outputs and the next one, "
+                f"{after!r}, {leaves[two[0]].shape[0]} inputs: {leaves[one[0]].path} "
+                f"{leaves[one[0]].shape}, {leaves[two[0]].path} {leaves[two[0]].shape}; matrices "
+                "are (inputs, outputs) and layers come in forward order"
             )
 
     def apply_fn(params: PyTree, x: jax.Array) -> jax.Array:
@@ -155,14 +171,23 @@ def chain_spec(params: PyTree, layers: Sequence[str]) -> ArchSpec:
 def _dense_layer(leaves: Sequence[Leaf], name: str) -> tuple[int, int | None]:
     """The positions of a layer's matrix and vector."""
     parts = name.strip("/").split("/")
-    inside = [
-        k
-        for k, leaf in enumerate(leaves)
-        if leaf.trainable and leaf.path.split("/")[:-1][-len(parts) :] == parts
-    ]
-    if not inside:
-        known = dict.fromkeys(leaf.path.rpartition("/")[0] for leaf in leaves if leaf.trainable)
-        raise SpecError(f"no layer {name!r}; the tree has {', '.join(map(repr, known))}")
+    layers: dict[str, list[int]] = {}
+    for k, leaf in enumerate(leaves):
+        layers.setdefault(layer_path(leaf.path), []).append(k)
+    found = [layer for layer in layers if layer.split("/")[-len(parts) :] == parts]
+    if not found:
+        raise SpecError(f"no layer {name!r}; the tree has {', '.join(map(repr, layers))}")
+    if len(found) > 1 and name.strip("/") not in found:
+        raise SpecError(
+            f"layer {name!r} could be any of {', '.join(map(repr, found))}; give more of the path"
+        )
+    inside = layers[name.strip("/") if len(found) > 1 else found[0]]
+    for k in inside:
+        if not leaves[k].trainable:
+            raise SpecError(
+                f"layer {name!r}: {leaves[k].path!r} has dtype {leaves[k].dtype} and is not "
+                'trainable; a chain needs floats, under "params" if the tree has that key'
+            )
     kernels = [k for k in inside if len(leaves[k].shape) == 2]
     biases = [k for k in inside if len(leaves[k].shape) == 1]
     if len(kernels) != 1 or len(biases) > 1 or len(inside) != len(kernels) + len(biases):
@@ -171,25 +196,45 @@ def _dense_layer(leaves: Sequence[Leaf], name: str) -> tuple[int, int | None]:
     return kernels[0], biases[0] if biases else None
 
 
-def _check_used(graph: Graph, leaves: Sequence[Leaf]) -> None:
+def _check_used(
+    apply_fn: Callable[..., Any], graph: Graph, leaves: Sequence[Leaf], values: Sequence[Any]
+) -> None:
+    """A function that computes with parameters of its own says nothing about those it is given."""
     used = {i for node in graph.nodes for i in node.inputs} | set(graph.outputs)
-    idle = [
-        leaf
-        for leaf, number in zip(leaves, graph.inputs, strict=False)
-        if leaf.trainable and number not in used
-    ]
-    constants = {graph.avals[i].shape for i in graph.constants if graph.avals[i].ndim}
-    captured = [leaf for leaf in idle if leaf.shape in constants]
-    if captured:
+    trained = [k for k, leaf in enumerate(leaves) if leaf.trainable]
+    idle = [k for k in trained if graph.inputs[k] not in used]
+    advice = (
+        "compute with the parameters that apply_fn is given, as in "
+        "`lambda params, x: model.apply(params, x)` or `nnx.merge(graphdef, params)(x)`"
+    )
+    for k in idle:
+        for node in graph.nodes:
+            if any(_is_captured(graph.constants.get(i), leaves[k], values[k]) for i in node.inputs):
+                raise SpecError(
+                    f"apply_fn closes over its parameters: {node.operation}"
+                    f"{f' at {node.source}' if node.source else ''} uses a constant of shape "
+                    f"{leaves[k].shape}, and nothing uses the argument {leaves[k].path!r}; {advice}"
+                )
+    if len(idle) == len(trained):
         raise SpecError(
-            f"apply_fn does not use its argument {captured[0].path!r} but a constant of the same "
-            f"shape {captured[0].shape}: it closes over its parameters; use the ones it is given"
+            f"apply_fn{_defined_at(apply_fn)} uses none of the trainable parameters it is given, "
+            f"such as {leaves[idle[0]].path!r}; if it closes over them, {advice}"
         )
-    if len(idle) == sum(leaf.trainable for leaf in leaves):
-        raise SpecError(
-            "apply_fn uses none of the trainable parameters it is given, such as "
-            f"{idle[0].path!r}; does it close over them?"
-        )
+
+
+def _is_captured(constant: Any, leaf: Leaf, value: Any) -> bool:
+    if constant is None or not leaf.shape or np.shape(constant) != leaf.shape:
+        return False
+    if isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)):
+        return True
+    # Where values are known, another constant of that shape may be a mask or an initial state.
+    constant, value = np.asarray(constant), np.asarray(value)
+    return bool((constant == value).all() and (value != value.flat[0]).any())
+
+
+def _defined_at(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else ""
 
 
 def _infer(
@@ -312,8 +357,8 @@ def _unique_names(paths: Iterable[str]) -> list[str]:
     """The layer of each group's first parameter."""
     names, seen = [], Counter()
     for path in paths:
-        parts = [part for part in path.split("/") if part != "params"]
-        name = "/".join(parts[:-1]) or path
+        layer = layer_path(path)
+        name = "/".join(part for part in layer.split("/") if part != "params") or path
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return names
