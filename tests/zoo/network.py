@@ -1,0 +1,94 @@
+"""What a zoo network is, and how its parameters are drawn."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pathcond_jax.spec import leaf_path
+
+
+class Network(NamedTuple):
+    """A network and what must be found in it.
+
+    Attributes:
+      apply_fn: ``apply_fn(params, x)``.
+      params: the parameter tree: arrays, or shapes in ``FULL_SIZE``.
+      x: the example input.
+      neurons: H.
+      pinned_by: operations that must be among the reasons of ``spec.pinned``.
+    """
+
+    apply_fn: Callable[..., Any]
+    params: Any
+    x: Any
+    neurons: int
+    pinned_by: tuple[str, ...] = ()
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {}
+FULL_SIZE: dict[str, Callable[[], Network]] = {}
+
+
+def network(table: dict[str, Callable[[], Network]], name: str, **options: Any) -> Callable:
+    """Enters ``factory(**options)`` into a table."""
+
+    def enter(factory: Callable[..., Network]) -> Callable[..., Network]:
+        table[name] = functools.partial(factory, **options)
+        return factory
+
+    return enter
+
+
+def lenient(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """Libraries of networks rely on the promotion that the tests forbid."""
+
+    @functools.wraps(fun)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return fun(*args, **kwargs)
+
+    return wrapped
+
+
+def draw(shapes: Any, seed: int = 0) -> Any:
+    """Random parameters of the default float dtype: no zero biases, positive variances."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.zeros(()).dtype
+
+    def leaf(key: Any, value: Any) -> Any:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return jnp.zeros(value.shape, value.dtype)
+        path, shape = leaf_path(key), value.shape
+        if path.endswith("var"):
+            return jnp.asarray(rng.uniform(0.5, 2.0, shape), dtype)
+        if len(shape) < 2:
+            return jnp.asarray(rng.uniform(0.5, 1.0, shape) * rng.choice([-1, 1], shape), dtype)
+        fan_in = max(np.prod(shape[:-1]), 1)
+        return jnp.asarray(rng.normal(size=shape) * np.sqrt(2.0 / fan_in), dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def image(size: int, channels: int = 3, batch: int = 2, seed: int = 1) -> jax.Array:
+    """A random batch of images."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(batch, size, size, channels)), jnp.zeros(()).dtype)
+
+
+def vector(*shape: int, seed: int = 1) -> jax.Array:
+    """A random array."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.zeros(()).dtype)
+
+
+def linen(
+    module: Any, x: Any, neurons: int, *, shapes_only: bool = False, **options: Any
+) -> Network:
+    """A Flax linen module as a network; ``options`` go to ``apply`` and ``init``."""
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    shapes = jax.eval_shape(lenient(lambda x: module.init(rngs, x)), x)
+    params = shapes if shapes_only else draw(shapes)
+    return Network(lenient(functools.partial(module.apply, **options)), params, x, neurons)
