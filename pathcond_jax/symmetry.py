@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,6 @@ def trace_spec(
     """
     if max_pool not in ("paths", "max"):
         raise SpecError(f'max_pool is "paths" or "max", not {max_pool!r}')
-    if groups is not None and not isinstance(groups, (tuple, list)):
-        raise SpecError(f"groups is a sequence of NeuronGroup, not {groups!r}")
     if not callable(apply_fn):
         raise SpecError(
             f"apply_fn must be a function, not of type {type(apply_fn).__name__}; the arguments "
@@ -81,10 +79,12 @@ def trace_spec(
     leaves, treedef = describe_leaves(params, trainable)
     graph = trace(apply_fn, params, *inputs)
     _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
-    found, pinned = _infer(graph, leaves) if groups is None else (tuple(groups), ())
+    found, pinned = _infer(graph, leaves) if groups is None else (groups, ())
     shapes = jax.tree.map(_shape_of, inputs)
     program = _one_example(apply_fn, params, shapes, graph)
-    return ArchSpec(found, leaves, treedef, pinned, program, max_pool, apply_fn, shapes)
+    return ArchSpec(
+        cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes
+    )
 
 
 def _shape_of(value: Any) -> jax.ShapeDtypeStruct:
