@@ -62,6 +62,34 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
     return jax.tree.unflatten(spec.treedef, values)
 
 
+def rescale_buffers(
+    buffers: Sequence[tuple[jax.Array, int, int]], spec: ArchSpec, log_scales: LogScales
+) -> list[jax.Array]:
+    """Arrays of the shapes of some leaves, each times its leaf's factor to a power.
+
+    Args:
+      buffers: ``(array, position in spec.leaves, power)``.
+      spec: the architecture.
+      log_scales: one array ``(group.size,)`` per group of the spec.
+
+    Returns:
+      The arrays, dtypes kept.
+    """
+    scales = [_factor(z) for z in _checked(log_scales, spec)]
+    rescaled = []
+    for value, position, power in buffers:
+        path = spec.leaves[position].path
+        factors = [
+            _along_leaf(incidence, _to_power(scale, sign), spec)
+            for group, scale in zip(spec.groups, scales, strict=True)
+            for sign, side in ((power, group.incoming), (-power, group.outgoing))
+            for incidence in side
+            if incidence.path == path
+        ]
+        rescaled.append(_multiplied(value, factors) if factors else value)
+    return rescaled
+
+
 def condition(
     params: PyTree, spec: ArchSpec, criterion: Any = "path", **options: Any
 ) -> tuple[PyTree, Solution]:
@@ -72,8 +100,9 @@ def condition(
       spec: the architecture.
       criterion: what to balance; ``"path"`` is the conditioning of the path-lifting Gram matrix.
       **options: of ``solve``: ``method``, ``max_steps``, ``tol``, ``max_log_scale``, ``initial``;
-        and of the criterion: ``norm_weight`` adds ``norm_weight · p · log Σ θ² e^{−2Bz}`` to the
-        path criterion, which bounds the scales.
+        of the criterion: ``norm_weight`` adds ``norm_weight · p · log Σ θ² e^{−2Bz}`` to the
+        path criterion, which bounds the scales; ``rounding="power_of_two"`` rounds the log-scales
+        as ``round_to_powers_of_two`` does.
 
     Returns:
       The rescaled parameters, dtypes kept, and the solution. Where a parameter is NaN or infinite
@@ -98,9 +127,13 @@ def condition(
     match_leaves(spec, params)
     if not spec.groups:
         raise SpecError(no_neuron(spec))
-    norm_weight = options.pop("norm_weight", 0.0)
+    norm_weight, rounding = options.pop("norm_weight", 0.0), options.pop("rounding", None)
+    if rounding not in (None, "power_of_two"):
+        raise SpecError(f"rounding is {rounding!r}; there are None and 'power_of_two'")
     goal = objective(params, spec, criterion, norm_weight=norm_weight)
     solution = solve(goal, spec, **options)
+    if rounding is not None:
+        solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
     # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
     keep = solution.status == Status.NON_FINITE
     rescaled = jax.tree.map(
