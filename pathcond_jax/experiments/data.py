@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from sklearn import datasets
+
+Array = np.ndarray | jax.Array
 
 
 class Dataset(NamedTuple):
@@ -16,10 +19,10 @@ class Dataset(NamedTuple):
       test_labels: int32, (num_test,).
     """
 
-    train_inputs: np.ndarray
-    train_labels: np.ndarray
-    test_inputs: np.ndarray
-    test_labels: np.ndarray
+    train_inputs: Array
+    train_labels: Array
+    test_inputs: Array
+    test_labels: Array
 
 
 def load_digits(num_test: int = 450, seed: int = 0) -> Dataset:

@@ -97,7 +97,7 @@ def as_rich(table: Table) -> RichTable:
     """The table as rich prints it."""
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, head in enumerate(table.heads):
-        drawn.add_column(head, justify="right" if number else "left", no_wrap=True)
+        drawn.add_column(head, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
         drawn.add_row(*row)
     return drawn

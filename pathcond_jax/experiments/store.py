@@ -104,4 +104,7 @@ def _scalars(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _version() -> str:
-    return metadata.version("pathcond-jax")
+    try:
+        return metadata.version("pathcond-jax")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "not installed"

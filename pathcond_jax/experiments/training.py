@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pathcond_jax.experiments.data import Dataset
+from pathcond_jax.experiments.data import Array, Dataset
 
 PyTree = Any
-ApplyFn = Callable[[PyTree, jax.Array], jax.Array]
+ApplyFn = Callable[..., Any]
 MakeOptimizer = Callable[[jax.Array], optax.GradientTransformation]
 
 
@@ -26,6 +26,18 @@ class Curves(NamedTuple):
     train_accuracy: Any
     test_loss: Any
     test_accuracy: Any
+
+
+class Goal(NamedTuple):
+    """What to minimize and what to report beside it.
+
+    Attributes:
+      loss: maps outputs (batch, ...) and labels (batch, ...) to a scalar.
+      score: the same; it fills the accuracies of ``Curves``.
+    """
+
+    loss: Callable[[jax.Array, Array], jax.Array]
+    score: Callable[[jax.Array, Array], jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -48,8 +60,11 @@ def train(
     batch_size: int,
     epochs_per_call: int = 1,
     on_epochs: Callable[[int], None] = lambda _: None,
+    goal: Goal | None = None,
+    train_apply_fn: ApplyFn | None = None,
+    between: Callable[[PyTree, int], PyTree] | None = None,
 ) -> tuple[PyTree, Curves]:
-    """Trains many runs of one network together on the cross-entropy.
+    """Trains many runs of one network together.
 
     Args:
       apply_fn: maps parameters and inputs (batch, ...) to logits (batch, classes).
@@ -62,6 +77,11 @@ def train(
       batch_size: examples per step; what is left over in an epoch is dropped.
       epochs_per_call: how many epochs to run between two calls of ``on_epochs``.
       on_epochs: called with the number of epochs just finished.
+      goal: what to minimize and report; None: ``CLASSIFICATION``.
+      train_apply_fn: for networks with running statistics: maps parameters and inputs to the
+        outputs in training mode and the parameters with new statistics.
+      between: maps all parameters and the number of finished epochs to the parameters to go on
+        with; called every ``epochs_per_call`` epochs. The optimizer's state is kept.
 
     Returns:
       The trained parameters, and curves of numpy arrays (runs, num_epochs).
@@ -69,7 +89,12 @@ def train(
     if not 0 < batch_size <= len(data.train_labels):
         raise ValueError(f"batch_size {batch_size} for {len(data.train_labels)} training examples")
     advance = partial(
-        run_epochs, apply_fn=apply_fn, make_optimizer=make_optimizer, batch_size=batch_size
+        run_epochs,
+        apply_fn=apply_fn,
+        make_optimizer=make_optimizer,
+        batch_size=batch_size,
+        goal=goal or CLASSIFICATION,
+        train_apply_fn=train_apply_fn,
     )
     data = jax.device_put(data)
     state = jax.vmap(partial(init_state, make_optimizer=make_optimizer))(params, learning_rates)
@@ -78,8 +103,12 @@ def train(
         count = min(epochs_per_call, num_epochs - start)
         state, curves = advance(state, data, keys, learning_rates, num_epochs=count)
         parts.append(jax.device_get(curves))
+        if between is not None and start + count < num_epochs:
+            state = state._replace(params=between(state.params, start + count))
         on_epochs(count)
-    return state.params, Curves(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True)))
+    return state.params, Curves(
+        *(np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    )
 
 
 def init_state(
@@ -89,7 +118,17 @@ def init_state(
     return TrainState(params, make_optimizer(learning_rate).init(params), jnp.zeros((), jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("apply_fn", "make_optimizer", "num_epochs", "batch_size"))
+@partial(
+    jax.jit,
+    static_argnames=(
+        "apply_fn",
+        "make_optimizer",
+        "num_epochs",
+        "batch_size",
+        "goal",
+        "train_apply_fn",
+    ),
+)
 def run_epochs(
     states: TrainState,
     data: Dataset,
@@ -100,12 +139,17 @@ def run_epochs(
     make_optimizer: MakeOptimizer,
     num_epochs: int,
     batch_size: int,
+    goal: Goal,
+    train_apply_fn: ApplyFn | None,
 ) -> tuple[TrainState, Curves]:
     """Some epochs of every run; one compiled program."""
     num_batches = data.train_labels.shape[0] // batch_size
 
-    def loss_fn(params: PyTree, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(apply_fn(params, inputs), labels)
+    def loss_fn(params: PyTree, inputs: Array, labels: Array) -> tuple[jax.Array, PyTree]:
+        if train_apply_fn is None:
+            return goal.loss(apply_fn(params, inputs), labels), None
+        outputs, updated = train_apply_fn(params, inputs)
+        return goal.loss(outputs, labels), updated
 
     def run(
         state: TrainState, key: jax.Array, learning_rate: jax.Array
@@ -117,8 +161,10 @@ def run_epochs(
         ) -> tuple[tuple[PyTree, optax.OptState], None]:
             params, opt_state = carry
             inputs, labels = data.train_inputs[rows], data.train_labels[rows]
-            grads = jax.grad(loss_fn)(params, inputs, labels)
+            grads, updated = jax.grad(loss_fn, has_aux=True)(params, inputs, labels)
             updates, opt_state = optimizer.update(grads, opt_state, params)
+            # Statistics have no gradient in training mode: their updates are zero.
+            params = params if updated is None else updated
             return (optax.apply_updates(params, updates), opt_state), None
 
         def epoch(state: TrainState, _: None) -> tuple[TrainState, Curves]:
@@ -127,7 +173,7 @@ def run_epochs(
             )
             batches = order[: num_batches * batch_size].reshape(num_batches, batch_size)
             (params, opt_state), _ = jax.lax.scan(step, (state.params, state.opt_state), batches)
-            curves = measure(apply_fn, params, data, batch_size)
+            curves = measure(apply_fn, params, data, batch_size, goal)
             return TrainState(params, opt_state, state.epoch + 1), curves
 
         return jax.lax.scan(epoch, state, length=num_epochs)
@@ -135,39 +181,55 @@ def run_epochs(
     return jax.vmap(run)(states, keys, learning_rates)
 
 
-def measure(apply_fn: ApplyFn, params: PyTree, data: Dataset, batch_size: int) -> Curves:
-    """Loss and accuracy of one network on both parts of the data: scalars."""
+def measure(
+    apply_fn: ApplyFn, params: PyTree, data: Dataset, batch_size: int, goal: Goal
+) -> Curves:
+    """Loss and score of one network on both parts of the data: scalars."""
     inputs = jnp.concatenate([data.train_inputs, data.test_inputs])
-    logits = predict(apply_fn, params, inputs, batch_size)
-    train_logits, test_logits = jnp.split(logits, [data.train_inputs.shape[0]])
+    outputs = predict(apply_fn, params, inputs, batch_size)
+    train_outputs, test_outputs = jnp.split(outputs, [data.train_inputs.shape[0]])
     return Curves(
-        cross_entropy(train_logits, data.train_labels),
-        accuracy(train_logits, data.train_labels),
-        cross_entropy(test_logits, data.test_labels),
-        accuracy(test_logits, data.test_labels),
+        goal.loss(train_outputs, data.train_labels),
+        goal.score(train_outputs, data.train_labels),
+        goal.loss(test_outputs, data.test_labels),
+        goal.score(test_outputs, data.test_labels),
     )
 
 
-def predict(
-    apply_fn: ApplyFn, params: PyTree, inputs: jax.Array, batch_size: int
-) -> jax.Array:
+def predict(apply_fn: ApplyFn, params: PyTree, inputs: Array, batch_size: int) -> jax.Array:
     """The outputs (examples, ...) of a network that treats examples independently."""
     # Under vmap over runs, the activations of the whole set would not fit a CPU's cache.
     return jax.lax.map(lambda x: apply_fn(params, x[None])[0], inputs, batch_size=batch_size)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: Array) -> jax.Array:
     """The mean cross-entropy of logits (batch, classes) and labels (batch,)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def accuracy(logits: jax.Array, labels: Array) -> jax.Array:
     """The fraction of labels (batch,) that logits (batch, classes) get right; nan if not finite."""
     right = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return jnp.where(jnp.isfinite(logits).all(), right, jnp.nan)
 
 
+def squared_error(outputs: jax.Array, targets: Array) -> jax.Array:
+    """The mean squared error of outputs and targets of one shape."""
+    return jnp.mean(jnp.square(outputs - targets))
+
+
+def explained(outputs: jax.Array, targets: Array) -> jax.Array:
+    """The fraction of the targets' variance that the outputs explain; nan if not finite."""
+    variance = jnp.mean(jnp.square(targets - jnp.mean(targets, axis=0, keepdims=True)))
+    fraction = 1 - squared_error(outputs, targets) / variance
+    return jnp.where(jnp.isfinite(outputs).all(), fraction, jnp.nan)
+
+
+CLASSIFICATION = Goal(cross_entropy, accuracy)
+RECONSTRUCTION = Goal(squared_error, explained)
+
+
 def epochs_to(curve: np.ndarray, threshold: float) -> np.ndarray:
-    """The first epoch, from 1, at which each curve (..., epochs) is at least ``threshold``; or inf."""
+    """The first epoch, from 1, at which each curve (..., epochs) reaches a threshold, or inf."""
     reached = np.asarray(curve) >= threshold
     return np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1.0, np.inf)
