@@ -1,6 +1,7 @@
 """The architecture spec: which entries of a parameter tree share a scale, as plain data."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -241,7 +242,8 @@ def describe_leaves(
     Args:
       params: a pytree of arrays or ``jax.ShapeDtypeStruct``.
       trainable: None: floating leaves, and only those under ``"params"`` if the tree is a
-        mapping with that key. A function of the leaf's path, or a pytree prefix of booleans.
+        mapping with that key, and of Flax nnx variables those of ``Param``. A function of the
+        leaf's path, or a pytree prefix of booleans.
 
     Returns:
       The leaves in flattening order, and the tree structure.
@@ -359,6 +361,19 @@ def _declared_trainable(params: PyTree, trainable: Any, paths: Sequence[str]) ->
 
 def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
     for side in ("incoming", "outgoing"):
+def _not_state(params: PyTree) -> list[bool]:
+    """False for the leaves of Flax nnx variables other than ``Param``, such as ``BatchStat``."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return [True] * len(jax.tree.leaves(params))
+    variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [
+        not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.Param)
+        for variable in variables
+        for _ in jax.tree.leaves(variable)
+    ]
+
+
         if not getattr(group, side):
             raise SpecError(
                 f"group {group.name!r} has no {side} parameter; a neuron needs both, or its scale "
