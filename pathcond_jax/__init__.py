@@ -1,5 +1,17 @@
 """Path-conditioned training for JAX: rescaling symmetries, found, lifted, solved and applied."""
 
+from pathcond_jax.condensation import condensation_directions, condensed_groups, neuron_orientations
+from pathcond_jax.conservation import conserved_quantities, num_conservation_laws
+from pathcond_jax.constructions import TWO_LAYER_MODES, triangle_mlp, two_layer_init
+from pathcond_jax.diagnostics import count_linear_pieces_1d
+from pathcond_jax.early_alignment import alignment, extremal_vectors
+from pathcond_jax.finetuning import (
+    mtl_penalty,
+    order_and_dependence,
+    ptft_penalty,
+    relu_finetuning_penalty,
+    scale_network,
+)
 from pathcond_jax.lifting import (
     NotPathLiftableError,
     ScaledDiagonal,
@@ -14,6 +26,7 @@ from pathcond_jax.spec import ArchSpec, Incidence, Leaf, NeuronGroup, Pinned, Sp
 from pathcond_jax.symmetry import chain_spec, trace_spec
 
 __all__ = [
+    "TWO_LAYER_MODES",
     "ArchSpec",
     "Incidence",
     "Leaf",
@@ -24,15 +37,30 @@ __all__ = [
     "Solution",
     "SpecError",
     "Status",
+    "alignment",
     "chain_spec",
     "check_spec",
+    "condensation_directions",
+    "condensed_groups",
     "condition",
     "conditioning_score",
+    "conserved_quantities",
+    "count_linear_pieces_1d",
+    "extremal_vectors",
     "gram_diagonal",
+    "mtl_penalty",
+    "neuron_orientations",
+    "num_conservation_laws",
+    "order_and_dependence",
     "path_norm",
+    "ptft_penalty",
+    "relu_finetuning_penalty",
     "rescale",
     "round_to_powers_of_two",
+    "scale_network",
     "scaled_gram_diagonal",
     "solve",
     "trace_spec",
+    "triangle_mlp",
+    "two_layer_init",
 ]

@@ -34,21 +34,91 @@ class CNN(nn.Module):
     Attributes:
       channels: the channels of the convolutions.
       num_outputs: the size of the output.
+      kernel_init: of all kernels.
       convolution: what computes them; see :func:`convolve_by_products`.
     """
 
     channels: Sequence[int]
     num_outputs: int = 10
+    kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
     convolution: Callable[..., jax.Array] = jax.lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
         for layer, channels in enumerate(self.channels):
-            x = nn.relu(nn.Conv(channels, (3, 3), conv_general_dilated=self.convolution)(x))
+            convolution = nn.Conv(
+                channels,
+                (3, 3),
+                kernel_init=self.kernel_init,
+                conv_general_dilated=self.convolution,
+            )
+            x = nn.relu(convolution(x))
             if layer == 0:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        return nn.Dense(self.num_outputs)(x.reshape(x.shape[0], -1))
+        last = nn.Dense(self.num_outputs, kernel_init=self.kernel_init)
+        return last(x.reshape(x.shape[0], -1))
+
+
+class AuthorsMLP(nn.Module):
+    """The authors' MLP: biases in hidden layers only, PyTorch's default initialization.
+
+    Attributes:
+      widths: the sizes of the hidden layers.
+      num_outputs: the size of the output.
+    """
+
+    widths: Sequence[int]
+    num_outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, ...) to (batch, num_outputs)."""
+        x = x.reshape(x.shape[0], -1)
+        for layer, width in enumerate((*self.widths, self.num_outputs)):
+            hidden = layer < len(self.widths)
+            uniform = uniform_below(x.shape[-1] ** -0.5)
+            x = nn.Dense(width, use_bias=hidden, kernel_init=uniform, bias_init=uniform)(x)
+            x = nn.relu(x) if hidden else x
+        return x
+
+
+class FullyConvolutional(nn.Module):
+    """The authors' convolutional network: nine convolutions, two max pools, one average pool.
+
+    Attributes:
+      widths: the channels of convolutions 1 to 3, 4 to 6, and 7 and 8.
+      num_outputs: the size of the output.
+      batch_norm: whether BatchNorm follows each convolution.
+    """
+
+    widths: tuple[int, int, int] = (128, 256, 320)
+    num_outputs: int = 10
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (batch, height, width, channels) to (batch, num_outputs)."""
+        first, second, third = self.widths
+        channels = (first,) * 3 + (second,) * 3 + (third,) * 2 + (self.num_outputs,)
+        for number, size in enumerate(channels, start=1):
+            kernel = (3, 3) if number <= 7 else (1, 1)
+            x = nn.Conv(size, kernel, kernel_init=nn.initializers.he_normal())(x)
+            if self.batch_norm:
+                x = nn.BatchNorm(use_running_average=not train)(x)
+            x = nn.relu(x)
+            if number in (3, 6):
+                x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return x.mean(axis=(1, 2))
+
+
+def uniform_below(bound: float) -> Callable[..., jax.Array]:
+    """An initializer that draws uniformly from ± ``bound``."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 def convolve_by_products(

@@ -1,0 +1,160 @@
+"""What training keeps: conserved quantities of gradient flow, and choosing them by rescaling.
+
+Rescaling changes no loss, so along a gradient flow ``Σ_i B_ih θ_i²`` is constant for every neuron
+h: the squared norm of what leaves it minus that of what enters it. Rescaling chooses these
+numbers and training then keeps them; a gradient step of size η changes them by exactly η² times
+the same expression of the gradient.
+
+References:
+  Marcotte, Gribonval, Peyré, *Abide by the law and follow the flow: conservation laws for gradient
+  flows*, NeurIPS 2023, arXiv 2307.00144.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jax.flatten_util import ravel_pytree
+
+from pathcond_jax.spec import (
+    ArchSpec,
+    Incidence,
+    PyTree,
+    compute_dtype,
+    match_leaves,
+)
+
+_MOST_ROUNDS = 10
+
+
+def conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...]:
+    """``‖out_h‖² − ‖in_h‖²`` of every neuron: the constants of gradient flow.
+
+    Biases count as incoming. Entries that both enter and leave the neurons of a group, as in a
+    residual stream, count on both sides.
+
+    Args:
+      params: the parameters the spec was built for; of gradients, a step of size η changes the
+        quantities of the parameters by η² times the quantities of the gradients.
+      spec: the architecture.
+
+    Returns:
+      One array ``(group.size,)`` per group of the spec, float32 at least.
+
+    Raises:
+      SpecError: ``params`` does not fit the spec.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[1.0, 2.0]])}, "b": {"w": jnp.array([[3.0], [0.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> [c.tolist() for c in pathcond.conserved_quantities(params, spec)]
+      [[8.0, -4.0]]
+    """
+    values = dict(zip((leaf.path for leaf in spec.leaves), match_leaves(spec, params), strict=True))
+    quantities = []
+    for group in spec.groups:
+        sides = [
+            [_energies(values[i.path], i, group.size) for i in incidences]
+            for incidences in (group.outgoing, group.incoming)
+        ]
+        dtype = compute_dtype(*(part.dtype for side in sides for part in side))
+        out, into = (
+            functools.reduce(jnp.add, [part.astype(dtype) for part in side]) for side in sides
+        )
+        quantities.append(out - into)
+    return tuple(quantities)
+
+
+def num_conservation_laws(
+    phi: Callable[[PyTree], PyTree], theta: PyTree, *, seed: int = 0, tol: float | None = None
+) -> int:
+    """The number of independent quantities that gradient flow keeps, whatever the data.
+
+    Of losses that depend on θ through φ(θ), these are as many as D minus the dimension, at θ, of
+    the Lie algebra that the gradients of φ generate. Brackets [f, g] = Df·g − Dg·f are added,
+    by forward-mode differentiation, until the dimension stops growing. Random combinations stand
+    for all fields, so that φ may have many more components than θ.
+
+    Args:
+      phi: a smooth reparametrization, such as a path lifting or a product of matrices.
+      theta: a generic point, such as a random one: pytree of floating arrays, D entries in all.
+      seed: of the random combinations.
+      tol: singular values below this, relative to the largest, count as zero; None: 100 D times
+        the machine precision.
+
+    Returns:
+      The number of laws.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> theta = jnp.array([0.7, -1.3, 0.4])
+      >>> pathcond.num_conservation_laws(lambda x: x[0] * x[1] * x[2], theta)  # x_i² − x_j²
+      2
+    """
+    flat, unravel = ravel_pytree(theta)
+    rng = np.random.default_rng(seed)
+    tol = 100 * flat.size * float(jnp.finfo(flat.dtype).eps) if tol is None else tol
+
+    def lifted(x: jax.Array) -> jax.Array:
+        return ravel_pytree(phi(unravel(x)))[0]
+
+    (width,) = jax.eval_shape(lifted, flat).shape
+    mixing = jnp.asarray(rng.normal(size=(flat.size, width)), flat.dtype)
+
+    def gradients(x: jax.Array) -> jax.Array:
+        _, pull_back = jax.vjp(lifted, x)
+        return jax.vmap(lambda row: pull_back(row)[0])(mixing)
+
+    rank, fields = _independent(gradients, flat, tol)
+    for _ in range(_MOST_ROUNDS):
+        if rank in (0, flat.size):
+            break
+        pairs = jnp.asarray(rng.normal(size=(2, flat.size, rank)), flat.dtype)
+        larger, fields = _independent(_with_brackets(fields, pairs), flat, tol)
+        if larger == rank:
+            break
+        rank = larger
+    return flat.size - rank
+
+
+def _energies(value: jax.Array, incidence: Incidence, size: int) -> jax.Array:
+    """Squares of a leaf summed over each neuron of an incidence."""
+    value = jnp.asarray(value)
+    squares = jnp.square(value.astype(compute_dtype(value.dtype)))
+    rest = tuple(axis for axis in range(value.ndim) if axis not in incidence.axes)
+    order = tuple(sorted(incidence.axes).index(axis) for axis in incidence.axes)
+    squares = jnp.transpose(squares.sum(rest), order)
+    segments = np.where(incidence.index >= 0, incidence.index, size).reshape(-1)
+    return jax.ops.segment_sum(squares.reshape(-1), segments, size + 1)[:size]
+
+
+Fields = Callable[[jax.Array], jax.Array]
+
+
+def _independent(fields: Fields, x: jax.Array, tol: float) -> tuple[int, Fields]:
+    """The rank of vector fields (count, D) at x, and as many of them, of length 1 at x."""
+    values = np.asarray(jax.jit(fields)(x), np.float64)
+    singular = np.linalg.svd(values, compute_uv=False)
+    rank = int((singular > tol * singular[0]).sum())
+    chosen = np.sort(scipy.linalg.qr(values.T, mode="r", pivoting=True)[1][:rank])
+    lengths = jnp.asarray(np.linalg.norm(values[chosen], axis=1), x.dtype)
+    return rank, lambda x: fields(x)[chosen] / lengths[:, None]
+
+
+def _with_brackets(fields: Fields, pairs: jax.Array) -> Fields:
+    """The fields, and the brackets of random pairs of their combinations."""
+
+    def extended(x: jax.Array) -> jax.Array:
+        def bracket(one: jax.Array, two: jax.Array) -> jax.Array:
+            f, g = (lambda x, c=c: c @ fields(x) for c in (one, two))
+            return jax.jvp(f, (x,), (g(x),))[1] - jax.jvp(g, (x,), (f(x),))[1]
+
+        return jnp.concatenate([fields(x), jax.vmap(bracket)(*pairs)])
+
+    return extended
