@@ -12,6 +12,7 @@ from pathcond_jax.finetuning import (
     relu_finetuning_penalty,
     scale_network,
 )
+from pathcond_jax.initializers import conditioned_init, conditioned_nnx
 from pathcond_jax.lifting import (
     NotPathLiftableError,
     ScaledDiagonal,
@@ -24,6 +25,7 @@ from pathcond_jax.rescaling import check_spec, condition, rescale, round_to_powe
 from pathcond_jax.solvers import Solution, Status, solve
 from pathcond_jax.spec import ArchSpec, Incidence, Leaf, NeuronGroup, Pinned, SpecError
 from pathcond_jax.symmetry import chain_spec, trace_spec
+from pathcond_jax.transforms import recondition, reconditioned, scale_by_path
 
 __all__ = [
     "TWO_LAYER_MODES",
@@ -43,6 +45,8 @@ __all__ = [
     "condensation_directions",
     "condensed_groups",
     "condition",
+    "conditioned_init",
+    "conditioned_nnx",
     "conditioning_score",
     "conserved_quantities",
     "count_linear_pieces_1d",
@@ -54,9 +58,12 @@ __all__ = [
     "order_and_dependence",
     "path_norm",
     "ptft_penalty",
+    "recondition",
+    "reconditioned",
     "relu_finetuning_penalty",
     "rescale",
     "round_to_powers_of_two",
+    "scale_by_path",
     "scale_network",
     "scaled_gram_diagonal",
     "solve",

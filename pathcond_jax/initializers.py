@@ -1,0 +1,129 @@
+"""Initialization: functions and Flax nnx models that start out conditioned."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+
+from pathcond_jax.rescaling import condition
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError
+from pathcond_jax.symmetry import trace_spec
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+Model = TypeVar("Model")
+
+
+def conditioned_init(
+    init_fn: Callable[..., PyTree], spec: ArchSpec, **options: Any
+) -> Callable[..., PyTree]:
+    """An init function that returns conditioned parameters of the same network.
+
+    Args:
+      init_fn: returns the parameters, such as ``model.init`` of Flax linen.
+      spec: the architecture, built for what ``init_fn`` returns, or, if that is a mapping, for
+        its ``"params"`` alone. Other collections are returned as they are.
+      **options: of ``condition``: ``criterion``, ``method``, ``max_log_scale``, ``rounding``, ...
+
+    Returns:
+      A function of the arguments of ``init_fn``. It may be jitted, and vmapped over keys. Where
+      the drawn parameters cannot be conditioned, because one is not finite, they are as drawn.
+
+    Raises:
+      SpecError: the spec has no neuron to rescale; or, at the call, does not fit the parameters.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> def init(key):
+      ...     return {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(jax.eval_shape(init, jax.random.key(0)), ["a", "b"])
+      >>> params = pathcond.conditioned_init(init, spec)(jax.random.key(0))
+      >>> jnp.round(params["a"]["w"], 3).tolist()
+      [[4.0, 4.0]]
+
+    References:
+      Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
+    """
+    if not callable(init_fn):
+        raise SpecError(
+            f"init_fn is of type {type(init_fn).__name__}; pass a function that returns parameters"
+        )
+    if not isinstance(spec, ArchSpec):
+        raise SpecError(f"spec must be an ArchSpec, not of type {type(spec).__name__}")
+
+    @functools.wraps(init_fn)
+    def init(*args: Any, **kwargs: Any) -> PyTree:
+        variables = init_fn(*args, **kwargs)
+        if jax.tree.structure(variables) != spec.treedef and isinstance(variables, Mapping):
+            params = variables.get("params")
+            if jax.tree.structure(params) == spec.treedef:
+                conditioned, _ = condition(params, spec, **options)
+                return type(variables)({**variables, "params": conditioned})
+        return condition(variables, spec, **options)[0]
+
+    return init
+
+
+def conditioned_nnx(
+    model_cls: Callable[..., Model],
+    *args: Any,
+    rngs: "nnx.Rngs",
+    example: Any,
+    options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """A new Flax nnx model with conditioned parameters.
+
+    Args:
+      model_cls: the class of the model, or a function that returns one.
+      *args: its arguments.
+      rngs: its random streams, ``nnx.Rngs``.
+      example: an input of the model, or a tuple of its inputs; arrays or ``jax.ShapeDtypeStruct``.
+      options: of ``condition``: ``criterion``, ``method``, ``max_log_scale``, ``rounding``, ...
+      **kwargs: further arguments of ``model_cls``.
+
+    Returns:
+      ``model_cls(*args, rngs=rngs, **kwargs)`` with its ``nnx.Param`` values rescaled; everything
+      else as it was made. The network is analysed in evaluation mode. May be called under
+      ``nnx.jit`` and ``nnx.vmap``.
+
+    Raises:
+      SpecError: the network has no neuron to rescale.
+      NotPathLiftableError: the path criterion needs a network that is a sum over paths.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from flax import nnx
+      >>> class MLP(nnx.Module):
+      ...     def __init__(self, width, *, rngs):
+      ...         self.hidden = nnx.Linear(1, width, rngs=rngs)
+      ...         self.out = nnx.Linear(width, 1, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return self.out(nnx.relu(self.hidden(x)))
+      >>> model = pathcond.conditioned_nnx(MLP, 4, rngs=nnx.Rngs(0), example=jnp.ones((2, 1)))
+      >>> model.hidden.kernel.shape
+      (1, 4)
+    """
+    from flax import nnx
+
+    model = model_cls(*args, rngs=rngs, **kwargs)
+    still = nnx.clone(model)
+    still.eval()
+    graphdef, _, _ = nnx.split(still, nnx.Param, ...)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    variables = {"params": params, "rest": rest}
+
+    def apply(variables: PyTree, *inputs: Any) -> Any:
+        return nnx.merge(graphdef, variables["params"], variables["rest"])(*inputs)
+
+    shapes = jax.eval_shape(lambda tree: tree, variables)
+    inputs = example if isinstance(example, tuple) else (example,)
+    spec = trace_spec(apply, shapes, *jax.eval_shape(lambda *x: x, *inputs))
+    conditioned, _ = condition(variables, spec, **(options or {}))
+    nnx.update(model, conditioned["params"])
+    return model

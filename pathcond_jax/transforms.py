@@ -1,0 +1,365 @@
+"""Conditioning inside optax: every k updates, with the optimizer's state, and Path-SGD."""
+
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from pathcond_jax.lifting import scaled_gram_diagonal
+from pathcond_jax.reconditioning import (
+    ReconditionState,
+    Rule,
+    check_is_spec,
+    integer,
+    match,
+    missing_params,
+    widest_dtype,
+)
+from pathcond_jax.solvers import Status
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError
+from pathcond_jax.transport import find_buffers, parameter_shapes, probing, transport
+
+
+class ReconditionedState(NamedTuple):
+    """State of :func:`reconditioned`.
+
+    Attributes:
+      inner_state: the state of the wrapped optimizer.
+      recondition: when and what was reconditioned.
+    """
+
+    inner_state: optax.OptState
+    recondition: ReconditionState
+
+
+class ScaleByPathState(NamedTuple):
+    """State of :func:`scale_by_path`.
+
+    Attributes:
+      count: the number of updates so far, int32.
+      diagonal: the latest Gram diagonal, like the parameters, each leaf divided by the
+        exponential of its entry of ``log_scale``; None if it is computed at every update.
+      log_scale: ``(number of leaves,)``; None with ``diagonal``.
+    """
+
+    count: jax.Array
+    diagonal: PyTree
+    log_scale: jax.Array | None
+
+
+def recondition(
+    spec: ArchSpec,
+    every: int,
+    start: int = 0,
+    *,
+    criterion: Any = "path",
+    rounding: str | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Conditions the parameters every k updates; the last element of a chain.
+
+    On a due update, the emitted update takes the parameters to the conditioned representative of
+    where they were going; any other update is passed on as it is, at no cost. The network's
+    function is the same as without this element up to that moment. The state of the optimizer
+    stays in the old coordinates: :func:`reconditioned` takes it along.
+
+    The update is added to the parameters by ``optax.apply_updates``, and the sum ``p + (q - p)``
+    is q only up to the precision of p. An entry that shrinks more than 128-fold in float32
+    (2^36-fold in float64) would lose digits, so in that case all log-scales are multiplied by the
+    same number below 1, the status is ``CLIPPED``, and the next due update goes on from there.
+
+    A due update with a NaN or an infinity in it, or in the parameters, is passed on as it is. Put
+    the whole chain inside ``optax.apply_if_finite`` to drop such updates; they then do not count.
+
+    Args:
+      spec: the architecture, traced from the parameters that the optimizer updates.
+      every: k; the k-th, 2k-th, ... update is due.
+      start: n; the n-th update is due as well. 0: none is.
+      criterion: what to balance, as in ``condition``.
+      rounding: None, or ``"power_of_two"`` for scales that are powers of two. Parameters of low
+        precision need it; their updates are emitted in float32, and the result is exact.
+      **options: of ``condition``: ``method``, ``max_steps``, ``tol``, ``max_log_scale``, ...
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`ReconditionState`. Its
+      update requires ``params``. Under ``vmap`` over its state every update costs as if due.
+
+    Raises:
+      SpecError: an argument cannot be used, or, at init or update, the parameters are missing,
+        have another structure than the spec, are masked, or have low precision.
+      NotPathLiftableError: the path criterion needs a network that is a sum over paths.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> optimizer = optax.chain(optax.sgd(0.1), pathcond.recondition(spec, every=100, start=1))
+      >>> state = optimizer.init(params)
+      >>> gradients = {"a": {"w": jnp.zeros((1, 2))}, "b": {"w": jnp.zeros((2, 1))}}
+      >>> updates, state = optimizer.update(gradients, state, params)
+      >>> jnp.round(optax.apply_updates(params, updates)["a"]["w"], 3).tolist()
+      [[4.0, 4.0]]
+
+    References:
+      Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
+    """
+    rule = Rule("recondition", spec, every, start, rounding, {"criterion": criterion, **options})
+
+    def init(params: PyTree) -> ReconditionState:
+        rule.check_init(params)
+        return rule.init()
+
+    def update(
+        updates: PyTree, state: ReconditionState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, ReconditionState]:
+        del extra
+        rule.check(updates, params)
+        count = optax.safe_increment(state.count)
+        updates, log_scales, status = lax.cond(
+            rule.due(count), rule.move, rule.stay, updates, params, state.status
+        )
+        return updates, ReconditionState(count, log_scales, status)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def reconditioned(
+    inner: optax.GradientTransformation,
+    spec: ArchSpec,
+    every: int,
+    start: int = 0,
+    *,
+    state: str = "transport",
+    degrees: Mapping[str, int] | None = None,
+    probe_args: Mapping[str, Any] | None = None,
+    criterion: Any = "path",
+    rounding: str | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer whose parameters are conditioned every k updates, and its state with them.
+
+    The same as ``chain(inner, recondition(spec, every))``, but the buffers of ``inner`` that
+    belong to parameters are multiplied by powers of the parameters' factors: momentum by the −1st,
+    second moments by the −2nd, copies of the parameters by the first. ``inner`` then goes on as if
+    it had seen the gradients of the new parameters all along. The powers are measured when this
+    function is called: ``inner`` runs a few steps on small stand-ins of the parameters, twice,
+    the second time with each entry w multiplied and its gradient divided by a power of two.
+
+    It wraps ``chain``, ``masked``, ``partition``, ``inject_hyperparams``, ``MultiSteps``,
+    ``apply_if_finite``, ``lookahead`` and ``schedule_free``, and may itself be inside
+    ``MultiSteps`` or ``apply_if_finite``, where only the updates that are emitted count.
+    Momentum of clipped gradients, adagrad's initial accumulator and factored or layer-wise second
+    moments follow no power of the scale and raise; so does weight decay before the momentum.
+
+    Args:
+      inner: the optimizer.
+      spec: the architecture, traced from the parameters that the optimizer updates.
+      every: k; the k-th, 2k-th, ... update is due.
+      start: n; the n-th update is due as well. 0: none is.
+      state: ``"transport"``; ``"reset"``, which calls ``inner.init`` with the new parameters, so
+        that counters and schedules start anew too; or ``"keep"``, which changes nothing.
+      degrees: powers by buffer name, as in ``{"0/trace": -1}``, instead of measured ones. The end
+        of a name, ``"trace"``, stands for all buffers whose name ends so; 0 leaves a buffer alone.
+      probe_args: extra arguments of ``inner.update`` for the measurement; ``value=1.0`` is given
+        in any case.
+      criterion: what to balance, as in ``condition``.
+      rounding: as in :func:`recondition`.
+      **options: of ``condition``.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`ReconditionedState`. What
+      :func:`recondition` says about precision, NaNs and infinities holds here too.
+
+    Raises:
+      SpecError: as :func:`recondition`; or a buffer has no degree, and the message names it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> optimizer = pathcond.reconditioned(optax.sgd(0.0, momentum=0.9), spec, every=1)
+      >>> state = optimizer.init(params)
+      >>> gradients = {"a": {"w": jnp.ones((1, 2))}, "b": {"w": jnp.ones((2, 1))}}
+      >>> updates, state = optimizer.update(gradients, state, params)
+      >>> jnp.round(state.inner_state[0].trace["a"]["w"], 3).tolist()  # a was divided by 2
+      [[2.0, 2.0]]
+    """
+    rule = Rule("reconditioned", spec, every, start, rounding, {"criterion": criterion, **options})
+    if state not in ("transport", "reset", "keep"):
+        raise SpecError(f"state is {state!r}; there are 'transport', 'reset' and 'keep'")
+    if state != "transport" and (degrees or probe_args):
+        raise SpecError(f'degrees and probe_args are for state="transport", not {state!r}')
+    inner = optax.with_extra_args_support(inner)
+    buffers = {}
+    if state == "transport":
+        buffers = find_buffers(inner, spec, degrees, {"value": 1.0, **(probe_args or {})})
+
+    def init(params: PyTree) -> ReconditionedState:
+        rule.check_init(params)
+        return ReconditionedState(inner.init(params), rule.init())
+
+    def move(updates: PyTree, inner_state: PyTree, params: PyTree, status: jax.Array) -> Any:
+        moved, log_scales, status = rule.move(updates, params, status)
+        if state == "transport":
+            inner_state = transport(inner_state, spec, log_scales, buffers)
+        elif state == "reset":
+            fresh = inner.init(rule.added(params, moved))
+            keep = status == Status.NON_FINITE
+            inner_state = jax.tree.map(
+                lambda old, new: jnp.where(keep, old, new.astype(jnp.result_type(old))),
+                inner_state,
+                fresh,
+            )
+        return (moved, log_scales, status), inner_state
+
+    def stay(updates: PyTree, inner_state: PyTree, params: PyTree, status: jax.Array) -> Any:
+        return rule.stay(updates, params, status), inner_state
+
+    def update(
+        updates: PyTree, state: ReconditionedState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, ReconditionedState]:
+        rule.check(None, params)
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        rule.check(updates, params)
+        count = optax.safe_increment(state.recondition.count)
+        (updates, log_scales, status), inner_state = lax.cond(
+            rule.due(count), move, stay, updates, inner_state, params, state.recondition.status
+        )
+        return updates, ReconditionedState(inner_state, ReconditionState(count, log_scales, status))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_path(
+    spec: ArchSpec, every: int = 1, damping: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """Path-SGD: divides the gradient by the diagonal of the path-lifting Gram matrix.
+
+    ``update_i = gradient_i / (g_i + damping · mean(g))``, and 0 where g_i is 0: for entries on no
+    path, and for leaves that are not trainable. Without damping, and with ``every=1``, training
+    from any rescaling of the same parameters gives the same sequence of functions. Where g is NaN
+    because a parameter is, there is no update; with ``every=k`` the diagonal before it stays.
+
+    Args:
+      spec: the architecture, traced from the parameters that the optimizer updates.
+      every: k; g is computed at the first update and at every k-th after it.
+      damping: relative to the mean of g over all trainable entries.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`ScaleByPathState`, to be
+      followed by a learning rate. Its update requires ``params``.
+
+    Raises:
+      SpecError: an argument cannot be used, or, at update, the parameters are missing or have
+        another structure than the spec.
+      NotPathLiftableError: the network is not a sum over paths.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 2.0 * jnp.ones((1, 1))}, "b": {"w": jnp.ones((1, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> optimizer = optax.chain(pathcond.scale_by_path(spec), optax.scale(-0.1))
+      >>> gradients = {"a": {"w": jnp.ones((1, 1))}, "b": {"w": jnp.ones((1, 1))}}
+      >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+      >>> updates["a"]["w"].item(), updates["b"]["w"].item()
+      (-0.1, -0.025)
+
+    References:
+      Neyshabur, Salakhutdinov, Srebro, *Path-SGD*, 2015, arXiv 1506.02617, in the form of the
+      diagonal of ∂Φᵀ∂Φ; Lebeurrier, Vayer, Gribonval, 2026, arXiv 2602.19799.
+    """
+    check_is_spec(spec)
+    every = integer("every", every, 1)
+    if not damping >= 0:
+        raise SpecError(f"damping is {damping}; it cannot be negative")
+    jax.eval_shape(functools.partial(scaled_gram_diagonal, spec=spec), parameter_shapes(spec))
+    dtype = widest_dtype(spec)
+
+    def init(params: PyTree) -> ScaleByPathState:
+        count = jnp.zeros((), jnp.int32)
+        if every == 1:
+            return ScaleByPathState(count, None, None)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+        return ScaleByPathState(count, zeros, jnp.zeros((len(spec.leaves),), dtype))
+
+    def diagonal(params: PyTree) -> tuple[list[jax.Array], jax.Array]:
+        if probing():
+            # What a network would have in which every path has the norm 1.
+            found = [1 / jnp.square(jnp.asarray(p, dtype)) for p in jax.tree.leaves(params)]
+            return found, jnp.zeros((len(found),), dtype)
+        scaled = scaled_gram_diagonal(params, spec)
+        logs = [jnp.asarray(s, dtype) for s in jax.tree.leaves(scaled.log_scale)]
+        return [m.astype(dtype) for m in jax.tree.leaves(scaled.mantissa)], jnp.stack(logs)
+
+    def refresh(params: PyTree, old: list[jax.Array], old_log: jax.Array) -> Any:
+        new, new_log = diagonal(params)
+        finite = functools.reduce(operator.and_, [jnp.isfinite(m).all() for m in new])
+        finite &= jnp.isfinite(new_log).all()
+        return (
+            [jnp.where(finite, n, o) for n, o in zip(new, old, strict=True)],
+            jnp.where(finite, new_log, old_log),
+        )
+
+    def update(
+        updates: PyTree, state: ScaleByPathState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, ScaleByPathState]:
+        del extra
+        if params is None:
+            raise missing_params("scale_by_path")
+        if not probing():
+            match(spec, params, "params")
+            match(spec, updates, "updates")
+        if every == 1:
+            mantissas, logs = diagonal(params)
+        else:
+            mantissas, logs = lax.cond(
+                state.count % every == 0,
+                refresh,
+                lambda _, old, old_log: (old, old_log),
+                params,
+                jax.tree.leaves(state.diagonal),
+                state.log_scale,
+            )
+        flat, treedef = jax.tree.flatten(updates)
+        divided = _divided(flat, mantissas, logs, damping, spec.num_parameters)
+        count = optax.safe_increment(state.count)
+        if every > 1:
+            kept = jax.tree.unflatten(jax.tree.structure(state.diagonal), mantissas)
+            return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, kept, logs)
+        return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, None, None)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _divided(
+    updates: list[Any],
+    mantissas: list[jax.Array],
+    logs: jax.Array,
+    damping: float,
+    num_parameters: int,
+) -> list[Any]:
+    sums = jnp.stack([mantissa.sum() for mantissa in mantissas])
+    log_mean = jax.nn.logsumexp(logs, b=sums) - float(np.log(num_parameters))
+    divided = []
+    for update, mantissa, log in zip(updates, mantissas, logs, strict=True):
+        u = jnp.asarray(update)
+        if not jnp.issubdtype(u.dtype, jnp.floating):
+            divided.append(update)
+            continue
+        below = mantissa + damping * jnp.exp(log_mean - log) if damping else mantissa
+        on_path = (mantissa > 0) & jnp.isfinite(log)
+        quotient = u.astype(mantissa.dtype) / jnp.where(on_path, below, 1) * jnp.exp(-log)
+        divided.append(jnp.where(on_path, quotient, 0).astype(u.dtype))
+    return divided
