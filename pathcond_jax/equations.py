@@ -4,6 +4,7 @@ A *label* is an unknown log-scale. Label arrays hold label numbers; 0 is the log
 ``WILD`` marks an entry that is zero (or infinite) and therefore fits every scale.
 """
 
+import bisect
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from scipy.sparse import csgraph
 
 WILD = -1
 _MAX_ROUNDS = 200
+# Below this many, repeated equations cost less than finding them.
+_MANY_ROWS = 1 << 16
 _MAX_ROWS = 1 << 24
 
 
@@ -41,12 +44,14 @@ class Solved(NamedTuple):
       free: the free labels, in order of creation.
       reason: per label, the origin of the equation that fixes it at 0, or -1.
       parent: per label, a label whose reason it shares.
+      tied: per label, the origin of an equation that ties it to others, or -1.
     """
 
     table: Any
     free: np.ndarray
     reason: np.ndarray
     parent: np.ndarray
+    tied: np.ndarray
 
     def why(self, label: int) -> int:
         """The origin that fixes ``label``, or -1."""
@@ -63,6 +68,7 @@ class Equations:
     def __init__(self) -> None:
         self.blocks: list[LabelBlock] = []
         self.count = 1
+        self._starts: list[int] = []
         self._rows: list[tuple[np.ndarray, np.ndarray, int]] = []
 
     def new(
@@ -71,17 +77,21 @@ class Equations:
         """A new array of labels."""
         size = int(np.prod(shape, dtype=np.int64))
         labels = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self._starts.append(self.count)
         self.blocks.append(LabelBlock(self.count, leaf, axes, tuple(shape)))
         self.count += size
         return labels
 
-    def block_numbers(self, labels: np.ndarray) -> np.ndarray:
+    def block_numbers(self, labels: np.ndarray) -> list[int]:
         """The distinct blocks that an array's labels belong to."""
-        known = labels[labels > 0]
-        if not known.size:
-            return np.zeros(0, np.int64)
-        starts = np.array([block.start for block in self.blocks])
-        return np.unique(np.searchsorted(starts, known, side="right") - 1)
+        first = (
+            bisect.bisect_right(self._starts, labels.min(where=labels > 0, initial=self.count)) - 1
+        )
+        last = bisect.bisect_right(self._starts, labels.max(initial=0)) - 1
+        if last <= first:
+            return [last] if last == first else []
+        found = np.searchsorted(self._starts[first:], labels[labels > 0], side="right") - 1
+        return [int(k) + first for k in np.flatnonzero(np.bincount(found))]
 
     def require(self, terms: list[Term], origin: int) -> None:
         """Adds Σ terms = 0, elementwise after broadcasting; rows with a wild entry say nothing."""
@@ -97,7 +107,7 @@ class Equations:
             return
         labels = np.stack([np.broadcast_to(t.labels, shape).reshape(-1) for t in terms], axis=1)
         labels = labels[(labels != WILD).all(axis=1)]
-        if len(labels) > 1 and labels.size < _MAX_ROWS:
+        if len(labels) > _MANY_ROWS:
             labels = np.unique(labels, axis=0)
         self._rows.append((np.array([t.coefficient for t in terms]), labels, origin))
 
@@ -107,7 +117,8 @@ class Equations:
         for block in self.blocks:
             size = int(np.prod(block.shape, dtype=np.int64))
             is_leaf[block.start : block.start + size] = block.leaf is not None
-        return _solve(*self._matrix(), is_leaf)
+        # Leaves are written in terms of what operations create, and later labels by earlier ones.
+        return _solve(*self._matrix(), np.arange(self.count) + is_leaf * self.count)
 
     def _matrix(self) -> tuple[Any, np.ndarray]:
         counts = [len(labels) for _, labels, _ in self._rows]
@@ -136,7 +147,8 @@ def cancel(terms: list[Term]) -> list[Term]:
             continue
         for k, other in enumerate(merged):
             if other.labels is term.labels or (
-                other.labels.shape == term.labels.shape and np.array_equal(other.labels, term.labels)
+                other.labels.shape == term.labels.shape
+                and np.array_equal(other.labels, term.labels)
             ):
                 merged[k] = Term(other.coefficient + term.coefficient, other.labels)
                 break
@@ -145,15 +157,42 @@ def cancel(terms: list[Term]) -> list[Term]:
     return [term for term in merged if abs(term.coefficient) > 1e-9 or (term.labels == WILD).any()]
 
 
-def _solve(equations: Any, origins: np.ndarray, is_leaf: np.ndarray) -> Solved:
-    count = len(is_leaf)
+def null_space(matrix: Any, labels: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Labels to fix at 0 so that no combination of the others is mapped to 0.
+
+    Args:
+      matrix: sparse (equations, labels).
+      labels: those to consider; the others are 0.
+      rank: which ones to fix rather: the lower ones.
+    """
+    unsure = np.zeros(matrix.shape[1])
+    unsure[labels] = 1.0
+    present = sparse.csr_matrix(
+        (np.ones_like(matrix.data), matrix.indices, matrix.indptr), matrix.shape
+    )
+    positions = np.arange(len(unsure), dtype=float)
+    while True:
+        # A label that is alone in an equation is 0.
+        alone = present @ unsure == 1.0
+        if not alone.any():
+            break
+        unsure[(present @ (unsure * positions))[alone].astype(np.int64)] = 0.0
+    left = np.flatnonzero(unsure)
+    if not left.size:
+        return left
+    rows = matrix[:, left]
+    solved = _solve(rows, np.zeros(rows.shape[0], np.int64), np.argsort(np.argsort(rank[left])), 0)
+    return left[solved.free]
+
+
+def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1) -> Solved:
+    """Labels of higher rank are written in terms of lower ones; those before ``first`` are 0."""
+    count = len(rank)
     diagonal = np.ones(count)
-    diagonal[0] = 0.0
+    diagonal[:first] = 0.0
     table = sparse.diags(diagonal, format="csr")
     reason = np.full(count, -1, np.int64)
-    parent = np.arange(count)
-    # Leaves are written in terms of what operations create, and later labels by earlier ones.
-    rank = np.arange(count) + is_leaf * count
+    parent, tied = np.arange(count), np.full(count, -1, np.int64)
     for step in range(_MAX_ROUNDS + 1):
         current = _clean(equations @ table)
         nonzero = np.diff(current.indptr)
@@ -162,28 +201,30 @@ def _solve(equations: Any, origins: np.ndarray, is_leaf: np.ndarray) -> Solved:
             break
         equations, current = equations[alive], current[alive]
         origins, nonzero = origins[alive], nonzero[alive]
-        first, second = current.indptr[:-1], np.minimum(current.indptr[:-1] + 1, current.nnz - 1)
+        one, two = current.indptr[:-1], np.minimum(current.indptr[:-1] + 1, current.nnz - 1)
         single = (nonzero == 1) | (step == _MAX_ROUNDS)
-        pair = (nonzero == 2) & np.isclose(abs(current.data[first]), abs(current.data[second]))
+        pair = (nonzero == 2) & np.isclose(abs(current.data[one]), abs(current.data[two]))
         if single.any() or pair.any():
             zeros = current.indices[np.repeat(single, nonzero)]
             zero_origins = np.repeat(origins[single], nonzero[single])
-            left, right = current.indices[first[pair]], current.indices[second[pair]]
-            opposite = current.data[first[pair]] * current.data[second[pair]] > 0
-            representative, sign, dead, why = _components(
+            left, right = current.indices[one[pair]], current.indices[two[pair]]
+            opposite = current.data[one[pair]] * current.data[two[pair]] > 0
+            representative, sign, dead, why, ties = _components(
                 count, rank, (zeros, zero_origins), (left, right, opposite, origins[pair])
             )
             reason[dead] = why[dead]
             merged = ~dead & (representative != np.arange(count))
             parent[merged] = representative[merged]
+            tied[tied < 0] = ties[tied < 0]
             substitution = sparse.csr_matrix(
                 (np.where(dead, 0.0, sign), (np.arange(count), representative)), (count, count)
             )
         else:
-            substitution, pivots, givers = _eliminate(current, rank)
+            substitution, pivots, givers, used = _eliminate(current, rank)
             parent[pivots] = givers
+            tied[pivots] = np.where(tied[pivots] < 0, origins[used], tied[pivots])
         table = _clean(table @ substitution)
-    return Solved(table, np.unique(table.indices), reason, parent)
+    return Solved(table, np.unique(table.indices), reason, parent, tied)
 
 
 def _clean(matrix: Any) -> Any:
@@ -199,7 +240,7 @@ def _components(
     rank: np.ndarray,
     zeros: tuple[np.ndarray, np.ndarray],
     pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Classes of labels equal up to sign; node j + count stands for the inverse of label j."""
     left, right, opposite, pair_origins = pairs
     to = np.where(opposite, right + count, right)
@@ -219,7 +260,8 @@ def _components(
     representative, sign = chosen % count, np.where(chosen < count, 1.0, -1.0)
 
     # A class is fixed at 0 by an equation, or because it holds a label and its inverse.
-    why = np.full(number, np.iinfo(np.int64).max)
+    never = np.iinfo(np.int64).max
+    why = np.full(number, never)
     np.minimum.at(why, classes[zeros[0]], zeros[1])
     np.minimum.at(why, classes[zeros[0] + count], zeros[1])
     contradiction = classes[:count] == classes[count:]
@@ -228,11 +270,20 @@ def _components(
     inside = contradictory[classes[left]]
     np.minimum.at(why, classes[left[inside]], pair_origins[inside])
     why_label = np.minimum(why[classes[:count]], why[classes[count:]])
-    dead = why_label < np.iinfo(np.int64).max
-    return representative, sign, dead, np.where(dead, why_label, -1)
+    dead = why_label < never
+    ties = np.full(number, never)
+    np.minimum.at(ties, classes[left], pair_origins)
+    tie = np.minimum(ties[classes[:count]], ties[classes[count:]])
+    return (
+        representative,
+        sign,
+        dead,
+        np.where(dead, why_label, -1),
+        np.where(tie < never, tie, -1),
+    )
 
 
-def _eliminate(current: Any, rank: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+def _eliminate(current: Any, rank: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
     """Solves equations of three and more labels, or of unequal weights, for one label each."""
     count = current.shape[1]
     starts = current.indptr[:-1]
@@ -267,4 +318,4 @@ def _eliminate(current: Any, rank: np.ndarray) -> tuple[Any, np.ndarray, np.ndar
     givers = np.zeros(count, np.int64)
     givers[target[others]] = sub.indices[others]
     pivots = pivot[picked]
-    return sparse.csr_matrix((data, where), (count, count)), pivots, givers[pivots]
+    return sparse.csr_matrix((data, where), (count, count)), pivots, givers[pivots], picked

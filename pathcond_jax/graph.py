@@ -1,11 +1,11 @@
-"""A traced program as a flat list of operations: calls inlined, constants folded, dead code gone."""
+"""A traced program as a flat list of operations: calls inlined, constants apart, no dead code."""
 
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Node:
       params: the primitive's parameters.
       bodies: the flattened inner programs of a control-flow primitive.
       source: the user's line, ``"file.py:12 (function)"``, or "".
-      scope: names of the jitted functions around the operation, outermost first.
+      function: the library function that runs the operation on the user's behalf, or "".
     """
 
     primitive: Any
@@ -39,13 +39,13 @@ class Node:
     params: Mapping[str, Any]
     bodies: tuple["Graph", ...] = ()
     source: str = ""
-    scope: tuple[str, ...] = ()
+    function: str = ""
 
     @property
     def operation(self) -> str:
         """The operation's name, with the function it is part of: ``"min in relu6"``."""
         name = self.primitive.name
-        return f"{name} in {self.scope[-1]}" if self.scope and self.scope[-1] != name else name
+        return f"{name} in {self.function}" if self.function not in ("", name) else name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +58,7 @@ class Graph:
       nodes: the operations, in an order in which they can run.
       constants: values known when tracing.
       avals: shape and dtype of each id.
+      captured: the constants computed from arrays that the function closes over.
     """
 
     inputs: tuple[int, ...]
@@ -65,6 +66,47 @@ class Graph:
     nodes: tuple[Node, ...]
     constants: Mapping[int, np.ndarray | jax.Array]
     avals: Mapping[int, jax.ShapeDtypeStruct]
+    captured: frozenset[int] = frozenset()
+
+
+class _Deferred(NamedTuple):
+    """An operation on constants, run when a result is read."""
+
+    eqn: Any
+    inputs: list[int]
+    outputs: list[int]
+
+
+class _Constants(Mapping[int, Any]):
+    """The constants ``numbers``, out of ``values`` that may still have to be computed."""
+
+    def __init__(self, values: dict[int, Any], numbers: Iterable[int]) -> None:
+        self._values = values
+        self._numbers = dict.fromkeys(numbers)
+
+    def __getitem__(self, number: int) -> Any:
+        if number not in self._numbers:
+            raise KeyError(number)
+        return self._read(number)
+
+    def _read(self, number: int) -> Any:
+        later = self._values[number]
+        if isinstance(later, _Deferred):
+            operands = [self._read(i) for i in later.inputs]
+            with jax.ensure_compile_time_eval():
+                results = later.eqn.primitive.bind(*operands, **later.eqn.params)
+            results = results if later.eqn.primitive.multiple_results else [results]
+            self._values.update(zip(later.outputs, results, strict=True))
+        return self._values[number]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def primitive(name: str) -> Any:
@@ -77,16 +119,15 @@ def trace(fun: Callable[..., Any], *args: PyTree) -> Graph:
     return flatten(jax.make_jaxpr(fun)(*args))
 
 
-def flatten(closed: Any, scope: tuple[str, ...] = ()) -> Graph:
+def flatten(closed: Any) -> Graph:
     """The flat program of a closed jaxpr."""
     builder = _Builder()
     jaxpr = getattr(closed, "jaxpr", closed)
     inputs = tuple(builder.new(var.aval) for var in jaxpr.invars)
     constants = [builder.constant(value) for value in getattr(closed, "consts", ())]
-    outputs = tuple(builder.run(jaxpr, constants, list(inputs), scope))
-    return _without_dead_code(
-        Graph(inputs, outputs, tuple(builder.nodes), builder.constants, builder.avals)
-    )
+    builder.captured.update(k for k in constants if builder.avals[k].shape)
+    outputs = tuple(builder.run(jaxpr, constants, list(inputs)))
+    return builder.graph(inputs, outputs)
 
 
 class _Builder:
@@ -95,6 +136,7 @@ class _Builder:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.constants: dict[int, Any] = {}
+        self.captured: set[int] = set()
         self.avals: dict[int, jax.ShapeDtypeStruct] = {}
 
     def new(self, aval: Any) -> int:
@@ -119,8 +161,7 @@ class _Builder:
         jaxpr: Any,
         constants: list[int],
         inputs: list[int],
-        scope: tuple[str, ...],
-        caller: str | None = None,
+        caller: tuple[str, str] | None = None,
     ) -> list[int]:
         # A fresh environment per call: inner jaxprs are shared between calls, variables and all.
         env = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -131,33 +172,28 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             ids = [read(atom) for atom in eqn.invars]
-            source = user_line(eqn.source_info, within_call=caller is not None) or caller or ""
             inner = _inner_call(eqn)
             if inner is not None:
-                name = eqn.params.get("name")
-                inner_scope = (*scope, str(name)) if name else scope
+                line, _ = _origin(eqn, caller)
+                name = _public_name(str(eqn.params.get("name", "")))
+                called = (line, name or (caller[1] if caller else ""))
                 consts = [self.constant(value) for value in getattr(inner, "consts", ())]
-                results = self.run(getattr(inner, "jaxpr", inner), consts, ids, inner_scope, source)
+                results = self.run(getattr(inner, "jaxpr", inner), consts, ids, called)
             else:
-                results = self.operation(eqn, ids, scope, source)
+                results = self.operation(eqn, ids, caller)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def operation(
-        self, eqn: Any, inputs: list[int], scope: tuple[str, ...], source: str
-    ) -> list[int]:
+    def operation(self, eqn: Any, inputs: list[int], caller: tuple[str, str] | None) -> list[int]:
         outputs = [self.new(var.aval) for var in eqn.outvars]
         size = sum(int(np.prod(self.avals[i].shape, dtype=np.int64)) for i in outputs)
         if all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT and _foldable(eqn):
-            with jax.ensure_compile_time_eval():
-                values = eqn.primitive.bind(
-                    *(self.constants[i] for i in inputs), **eqn.params
-                )
-            values = values if eqn.primitive.multiple_results else [values]
-            self.constants.update(zip(outputs, values, strict=True))
+            self.constants.update(dict.fromkeys(outputs, _Deferred(eqn, inputs, outputs)))
+            if self.captured.intersection(inputs):
+                self.captured.update(outputs)
             return outputs
         bodies = tuple(
-            flatten(body, scope)
+            flatten(body)
             for key in ("jaxpr", "cond_jaxpr", "body_jaxpr", "branches")
             if key in eqn.params
             for body in (eqn.params[key] if key == "branches" else (eqn.params[key],))
@@ -169,11 +205,22 @@ class _Builder:
                 tuple(outputs),
                 eqn.params,
                 bodies,
-                source,
-                scope,
+                *_origin(eqn, caller),
             )
         )
         return outputs
+
+    def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
+        """The program, without what its outputs do not need."""
+        alive = set(outputs)
+        kept = []
+        for node in reversed(self.nodes):
+            if alive.intersection(node.outputs):
+                kept.append(node)
+                alive.update(node.inputs)
+        constants = _Constants(self.constants, [k for k in self.constants if k in alive])
+        captured = frozenset(self.captured)
+        return Graph(inputs, outputs, tuple(reversed(kept)), constants, self.avals, captured)
 
 
 @functools.cache
@@ -215,17 +262,6 @@ def _foldable(eqn: Any) -> bool:
     return not eqn.effects and not any(True for _ in jex_core.jaxprs_in_params(eqn.params))
 
 
-def _without_dead_code(graph: Graph) -> Graph:
-    alive = set(graph.outputs)
-    kept = []
-    for node in reversed(graph.nodes):
-        if alive.intersection(node.outputs):
-            kept.append(node)
-            alive.update(node.inputs)
-    constants = {number: value for number, value in graph.constants.items() if number in alive}
-    return dataclasses.replace(graph, nodes=tuple(reversed(kept)), constants=constants)
-
-
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "chex", "numpy", "pathcond_jax")
 
 
@@ -243,40 +279,51 @@ def _folders_of(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 # Files in which JAX binds primitives and enters jitted functions.
 _MACHINERY = (
-    "source_info_util.py",
-    "core.py",
-    "partial_eval.py",
-    "pjit.py",
-    "api.py",
-    "api_util.py",
-    "custom_derivatives.py",
-    "traceback_util.py",
-    "linear_util.py",
-    "profiler.py",
-    "util.py",
+    *("source_info_util.py", "core.py", "partial_eval.py", "pjit.py", "api.py", "api_util.py"),
+    *("custom_derivatives.py", "traceback_util.py", "linear_util.py", "profiler.py", "util.py"),
 )
+# Files whose functions are the operations themselves.
+_PLUMBING = (*_MACHINERY, "lax.py", "ufuncs.py", "array_methods.py", "ufunc_api.py", "slicing.py")
 _CALL_BOUNDARY = ("pjit.py", "custom_derivatives.py", "ad_checkpoint.py")
 
 
-def user_line(source_info: Any, within_call: bool = False) -> str:
-    """The innermost line of an equation's traceback that is not a library's.
+def _origin(eqn: Any, caller: tuple[str, str] | None) -> tuple[str, str]:
+    """The user's line and the library function of an operation, or those of its call."""
+    line, function = user_line(eqn.source_info, within_call=caller is not None)
+    return (line, function) if line or caller is None else (caller[0], function or caller[1])
+
+
+def user_line(source_info: Any, within_call: bool = False) -> tuple[str, str]:
+    """Where an operation comes from.
 
     Args:
       source_info: of the equation.
       within_call: the equation is inside a jitted function. Such functions are traced once and
         shared, so that lines outside of the function may be those of an earlier call.
+
+    Returns:
+      The innermost line of the equation's traceback that is not a library's, and the innermost
+      public library function that this line runs; "" where there is none.
     """
     traceback = getattr(source_info, "traceback", None)
-    frames = [(f.file_name, f.line_num, f.function_name) for f in traceback.frames] if traceback else []
-    bound = next(
-        (k for k, frame in enumerate(frames) if os.path.basename(frame[0]) not in _MACHINERY), 0
-    )
-    for name, line, function in frames[bound:]:
-        base = os.path.basename(name)
-        if within_call and base in _CALL_BOUNDARY:
-            return ""
-        if name.startswith(_library_folders()) or base in ("contextlib.py", "functools.py"):
-            continue
-        if not name.startswith("<frozen"):
-            return f"{base}:{line} ({function})"
-    return ""
+    frames = traceback.frames if traceback else []
+    files = [os.path.basename(frame.file_name) for frame in frames]
+    bound = next((k for k, name in enumerate(files) if name not in _MACHINERY), 0)
+    libraries, function = _library_folders(), ""
+    for frame, name in zip(frames[bound:], files[bound:], strict=True):
+        if within_call and name in _CALL_BOUNDARY:
+            return "", function
+        if frame.file_name.startswith(libraries) or name in ("contextlib.py", "functools.py"):
+            if not function and name not in _PLUMBING:
+                function = _public_name(frame.function_name)
+        elif not frame.file_name.startswith("<frozen"):
+            return f"{name}:{frame.line_num} ({frame.function_name})", function
+    return "", ""
+
+
+def _public_name(function: str) -> str:
+    """What a user calls a library function, such as a layer by its class; "" if nothing."""
+    *outer, name = function.split(".")
+    if name == "__call__" and outer:
+        name = outer[-1]
+    return "" if name.startswith(("_", "<")) or "<locals>" in outer else name

@@ -83,13 +83,15 @@ class Leaf:
       path: its place in the tree, keys joined by ``/``.
       shape: its shape.
       dtype: its dtype.
-      trainable: whether rescaling may touch it; only trainable entries count in ``p``.
+      trainable: whether it is trained; only trainable entries count in ``p``.
+      state: whether it is rescaled with the trainable leaves although it is not trained.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     trainable: bool
+    state: bool = False
 
     @property
     def size(self) -> int:
@@ -340,7 +342,7 @@ def _declared_trainable(params: PyTree, trainable: Any, paths: Sequence[str]) ->
     if trainable is None:
         if isinstance(params, Mapping) and "params" in params:
             return [path == "params" or path.startswith("params/") for path in paths]
-        return [True] * len(paths)
+        return _not_state(params)
     if callable(trainable):
         return [bool(trainable(path)) for path in paths]
     for key, flag in jax.tree_util.tree_leaves_with_path(trainable):
@@ -359,8 +361,6 @@ def _declared_trainable(params: PyTree, trainable: Any, paths: Sequence[str]) ->
         raise SpecError(f"trainable is no prefix of the parameter tree: {error}") from None
 
 
-def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
-    for side in ("incoming", "outgoing"):
 def _not_state(params: PyTree) -> list[bool]:
     """False for the leaves of Flax nnx variables other than ``Param``, such as ``BatchStat``."""
     nnx = sys.modules.get("flax.nnx")
@@ -374,6 +374,8 @@ def _not_state(params: PyTree) -> list[bool]:
     ]
 
 
+def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
+    for side in ("incoming", "outgoing"):
         if not getattr(group, side):
             raise SpecError(
                 f"group {group.name!r} has no {side} parameter; a neuron needs both, or its scale "
@@ -384,7 +386,7 @@ def _not_state(params: PyTree) -> list[bool]:
             leaf = leaves.get(incidence.path)
             if leaf is None:
                 raise SpecError(f"{where}: no such parameter; the tree has {_some(leaves)}")
-            if not leaf.trainable:
+            if not (leaf.trainable or leaf.state):
                 raise SpecError(f"{where}: the parameter is not trainable")
             if len(set(incidence.axes)) < len(incidence.axes) or any(
                 not 0 <= a < len(leaf.shape) for a in incidence.axes

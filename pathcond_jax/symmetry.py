@@ -1,33 +1,26 @@
 """Program -> spec: the neuron groups whose rescaling provably leaves the outputs unchanged."""
 
+import dataclasses
 import inspect
-import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import sparse
 
-from pathcond_jax.equations import Equations, Solved
-from pathcond_jax.graph import Graph, Node, trace
+from pathcond_jax.graph import Graph, trace
+from pathcond_jax.groups import infer
 from pathcond_jax.spec import (
     ArchSpec,
-    Incidence,
     Leaf,
     NeuronGroup,
-    Pinned,
     PyTree,
     SpecError,
     describe_leaves,
     layer_path,
 )
-from pathcond_jax.symmetry_rules import Analysis, Scale
-
-_MAX_PASSES = 8
 
 
 def trace_spec(
@@ -37,6 +30,7 @@ def trace_spec(
     trainable: Callable[[str], bool] | PyTree | None = None,
     groups: Sequence[NeuronGroup] | None = None,
     max_pool: str = "paths",
+    rescale_state: bool = False,
 ) -> ArchSpec:
     """Finds and proves what may be rescaled in a network, from its program.
 
@@ -45,12 +39,15 @@ def trace_spec(
       params: pytree of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
       trainable: which leaves may be rescaled. None: the floating ones, and only those under
-        ``"params"`` if ``params`` is a mapping with that key; or a function of the leaf's path;
-        or a pytree prefix of booleans.
+        ``"params"`` if ``params`` is a mapping with that key, and of Flax nnx variables those of
+        ``Param``; or a function of the leaf's path; or a pytree prefix of booleans.
       groups: your own neuron groups; they are checked for shape and trusted (prove them with
         ``check_spec``). None: inferred from the program and proved.
       max_pool: path lifting of max pooling: ``"paths"``, an edge of weight 1 from each pooled
         entry; or ``"max"``, the maximum of the lifted values.
+      rescale_state: also rescale floating leaves that are not trainable, such as the running
+        means of batch normalization: what inference allows and training does not, for folding
+        before quantization. They do not count in ``p``.
 
     Returns:
       The spec: static, printable, compared by identity.
@@ -77,9 +74,15 @@ def trace_spec(
             "are (apply_fn, params, *inputs)"
         )
     leaves, treedef = describe_leaves(params, trainable)
+    if rescale_state:
+        floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+        leaves = tuple(
+            dataclasses.replace(leaf, state=is_float and not leaf.trainable)
+            for leaf, is_float in zip(leaves, floating, strict=True)
+        )
     graph = trace(apply_fn, params, *inputs)
     _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
-    found, pinned = _infer(graph, leaves) if groups is None else (groups, ())
+    found, pinned = infer(graph, leaves) if groups is None else (groups, ())
     shapes = jax.tree.map(_shape_of, inputs)
     program = _one_example(apply_fn, params, shapes, graph)
     return ArchSpec(
@@ -192,7 +195,9 @@ def _dense_layer(leaves: Sequence[Leaf], name: str) -> tuple[int, int | None]:
     biases = [k for k in inside if len(leaves[k].shape) == 1]
     if len(kernels) != 1 or len(biases) > 1 or len(inside) != len(kernels) + len(biases):
         shapes = ", ".join(f"{leaves[k].path} {leaves[k].shape}" for k in inside)
-        raise SpecError(f"layer {name!r} is not dense (one matrix and at most one vector): {shapes}")
+        raise SpecError(
+            f"layer {name!r} is not dense (one matrix and at most one vector): {shapes}"
+        )
     return kernels[0], biases[0] if biases else None
 
 
@@ -235,164 +240,3 @@ def _is_captured(constant: Any, leaf: Leaf, value: Any) -> bool:
 def _defined_at(function: Callable[..., Any]) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else ""
-
-
-def _infer(
-    graph: Graph, leaves: Sequence[Leaf]
-) -> tuple[tuple[NeuronGroup, ...], tuple[Pinned, ...]]:
-    shapes = {k: leaf.shape for k, leaf in enumerate(leaves) if leaf.trainable}
-    factors = {k: _separate_axes(shape) for k, shape in shapes.items()}
-    for _ in range(_MAX_PASSES):
-        analysis = Analysis(shapes, factors)
-        arguments = [
-            analysis.leaf(k) if k in shapes else Scale((), False) for k in range(len(leaves))
-        ]
-        arguments += [Scale((), True)] * (len(graph.inputs) - len(leaves))
-        for scale in analysis.run(graph, arguments):
-            for term in scale.terms:
-                analysis.equations.require([term], len(analysis.nodes))
-        if not analysis.requests:
-            break
-        for leaf, axes in analysis.requests:
-            sets = factors[leaf] | {axes}
-            factors[leaf] = {s for s in sets if not any(set(s) < set(other) for other in sets)}
-    solved = analysis.equations.solve()
-    return _read(analysis.equations, solved, analysis.nodes, leaves)
-
-
-def _separate_axes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
-    wide = {(a,) for a, n in enumerate(shape) if n > 1}
-    return wide or {(len(shape) - 1,) if shape else ()}
-
-
-def _read(
-    equations: Equations, solved: Solved, nodes: Sequence[Node], leaves: Sequence[Leaf]
-) -> tuple[tuple[NeuronGroup, ...], tuple[Pinned, ...]]:
-    """Neuron groups from the solution space: free log-scales that operations created."""
-    blocks = [block for block in equations.blocks if block.leaf is not None]
-    spans = [slice(b.start, b.start + math.prod(b.shape)) for b in blocks]
-    creator = np.zeros(equations.count, np.int64)
-    for number, block in enumerate(equations.blocks):
-        creator[block.start : block.start + math.prod(block.shape)] = number
-    made = np.array([block.leaf is None for block in equations.blocks] or [False])
-    free = np.zeros(equations.count, bool)
-    free[solved.free] = True
-    free &= made[creator]
-    effects = [_keep(solved.table[span], free) for span in spans]
-    for effect in effects:
-        # An entry enters or leaves a neuron once; higher powers are left alone.
-        free[effect.indices[~np.isclose(abs(effect.data), 1.0)]] = False
-    effects = [_keep(effect, free) for effect in effects]
-    _move_whole_leaf_effects(effects, [(b.leaf, b.shape) for b in blocks])
-    enters, leaves_it = np.zeros_like(free), np.zeros_like(free)
-    for effect in effects:
-        enters[effect.indices[effect.data > 0]] = True
-        leaves_it[effect.indices[effect.data < 0]] = True
-    free &= enters & leaves_it
-    effects = [_keep(effect, free) for effect in effects]
-    neurons = np.flatnonzero(free)
-    _, group = np.unique(creator[neurons], return_inverse=True)
-    sizes = np.bincount(group) if len(neurons) else np.zeros(0, np.int64)
-    index = np.arange(len(neurons)) - np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)[group]
-    group_of, index_of = np.zeros(len(free), np.int64), np.zeros(len(free), np.int64)
-    group_of[neurons], index_of[neurons] = group, index
-    sides: dict[tuple[int, int], list[Incidence]] = {}
-    for block, effect in zip(blocks, effects, strict=True):
-        for key, found in _incidences(effect, group_of, index_of).items():
-            sides.setdefault(key, []).extend(
-                Incidence(leaves[block.leaf].path, block.axes, index.reshape(block.shape))
-                for index in found
-            )
-    names = _unique_names(sides[k, 1][0].path for k in range(len(sizes)))
-    groups = tuple(
-        NeuronGroup(name, int(size), tuple(sides[k, 1]), tuple(sides[k, -1]))
-        for k, (name, size) in enumerate(zip(names, sizes, strict=True))
-    )
-    return groups, _explain(equations, solved, nodes, leaves, blocks, effects)
-
-
-def _keep(effect: Any, free: np.ndarray) -> Any:
-    effect = effect.tocsr().copy()
-    effect.data[~free[effect.indices]] = 0.0
-    effect.eliminate_zeros()
-    return effect
-
-
-def _move_whole_leaf_effects(effects: list[Any], owners: list[tuple[int, tuple[int, ...]]]) -> None:
-    """A scale that meets every slice on two axis sets of a leaf with opposite signs does nothing."""
-    whole: dict[tuple[int, int], list[tuple[int, float]]] = {}
-    for k, (effect, (leaf, shape)) in enumerate(zip(effects, owners, strict=True)):
-        count = math.prod(shape)
-        columns, times = np.unique(effect.indices, return_counts=True)
-        for column in columns[times == count]:
-            values = effect.data[effect.indices == column]
-            if (values == values[0]).all():
-                whole.setdefault((leaf, int(column)), []).append((k, float(values[0])))
-    for (_, column), met in whole.items():
-        if len(met) > 1 and sum(value for _, value in met) == 0.0:
-            for k, _ in met:
-                effects[k].data[effects[k].indices == column] = 0.0
-                effects[k].eliminate_zeros()
-
-
-def _incidences(
-    effect: Any, group_of: np.ndarray, index_of: np.ndarray
-) -> dict[tuple[int, int], list[np.ndarray]]:
-    """Per (group, sign): the neuron of each slice; more arrays where a slice meets more neurons."""
-    found: dict[tuple[int, int], list[np.ndarray]] = {}
-    entries = sparse.coo_matrix(effect)
-    groups, signs = group_of[entries.col], np.sign(entries.data).astype(int)
-    for key in sorted(set(zip(groups.tolist(), signs.tolist(), strict=True))):
-        here = np.flatnonzero((groups == key[0]) & (signs == key[1]))
-        while here.size:
-            rows, first = np.unique(entries.row[here], return_index=True)
-            index = np.full(effect.shape[0], -1)
-            index[rows] = index_of[entries.col[here[first]]]
-            found.setdefault(key, []).append(index)
-            here = np.delete(here, first)
-    return found
-
-
-def _unique_names(paths: Iterable[str]) -> list[str]:
-    """The layer of each group's first parameter."""
-    names, seen = [], Counter()
-    for path in paths:
-        layer = layer_path(path)
-        name = "/".join(part for part in layer.split("/") if part != "params") or path
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return names
-
-
-def _explain(
-    equations: Equations,
-    solved: Solved,
-    nodes: Sequence[Node],
-    leaves: Sequence[Leaf],
-    blocks: Sequence[Any],
-    effects: Sequence[Any],
-) -> tuple[Pinned, ...]:
-    """Why the remaining slices of each trainable leaf keep their scale."""
-    pinned = []
-    for block, effect in zip(blocks, effects, strict=True):
-        still = np.flatnonzero(np.diff(effect.indptr) == 0)
-        if not still.size:
-            continue
-        origin, _ = Counter(solved.why(block.start + int(k)) for k in still[:64]).most_common(1)[0]
-        operation, source, reason = _reason(origin, nodes, leaves[block.leaf])
-        if len(still) < effect.shape[0]:
-            reason += f" ({len(still)} of {effect.shape[0]} slices)"
-        for axis in block.axes or (None,):
-            pinned.append(Pinned(leaves[block.leaf].path, axis, operation, source, reason))
-    return tuple(pinned)
-
-
-def _reason(origin: int, nodes: Sequence[Node], leaf: Leaf) -> tuple[str, str, str]:
-    if origin < 0:
-        return "", "", "no other parameter could take up its scale"
-    if origin == len(nodes):
-        return "output", "", "the network's output must not change"
-    node = nodes[origin]
-    if node.primitive.name in ("dot_general", "conv_general_dilated"):
-        return node.operation, node.source, f"{node.operation} sums values that have no scale here"
-    return node.operation, node.source, f"{node.operation} does not let a scale pass"

@@ -5,7 +5,7 @@ one of published size, shapes only. Parameters are random everywhere, biases and
 """
 
 from zoo import attention, convolutional, dense, frameworks
-from zoo.network import FULL_SIZE, NETWORKS, Network
+from zoo.network import FULL_SIZE, NETWORKS, Network, relative_change
 
 __all__ = [
     "FULL_SIZE",
@@ -15,4 +15,5 @@ __all__ = [
     "convolutional",
     "dense",
     "frameworks",
+    "relative_change",
 ]

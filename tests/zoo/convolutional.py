@@ -129,9 +129,10 @@ def resnet18_training(width=2) -> Network:
     return _training(ResNet((2, 2, 2, 2), width, train=True), resnet18(width))
 
 
-@network(NETWORKS, "resnet50")
-def resnet50(width=2) -> Network:
-    return linen(ResNet((3, 4, 6, 3), width, bottleneck=True), image(32), 179 * width)
+@network(NETWORKS, "resnet-bottleneck")
+def resnet_bottleneck(width=2) -> Network:
+    channels = 1 + 2 * (1 + 2 * 2 + 4 + 8) + 4 * (1 + 2 + 4 + 8)
+    return linen(ResNet((1, 2, 1, 1), width, bottleneck=True), image(32), channels * width)
 
 
 @network(FULL_SIZE, "resnet18")

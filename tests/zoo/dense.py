@@ -48,7 +48,7 @@ def mlp_dropout_on() -> Network:
 
 @network(NETWORKS, "mlp-tanh", activation=nn.tanh, pinned_by=("tanh",))
 @network(NETWORKS, "mlp-gelu", activation=nn.gelu, pinned_by=("add in gelu",))
-@network(NETWORKS, "mlp-sigmoid", activation=nn.sigmoid, pinned_by=("logistic in sigmoid",))
+@network(NETWORKS, "mlp-sigmoid", activation=nn.sigmoid, pinned_by=("logistic",))
 @network(NETWORKS, "mlp-relu6", activation=nn.relu6, pinned_by=("min in relu6",))
 def mlp_pinned(activation, pinned_by) -> Network:
     return linen(MLP((5, 4, 3, 2), activation), vector(7, 6), 0)._replace(pinned_by=pinned_by)
@@ -80,7 +80,7 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        cell = nn.SimpleCell(self.hidden, activation_fn=nn.relu)
+        cell = nn.SimpleCell(self.hidden, activation_fn=nn.relu, param_dtype=x.dtype)
         return nn.Dense(2)(nn.RNN(cell)(x))
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pathcond_jax as pathcond
 from pathcond_jax.spec import leaf_path
 
 
@@ -71,6 +72,27 @@ def draw(shapes: Any, seed: int = 0) -> Any:
         return jnp.asarray(rng.normal(size=shape) * np.sqrt(2.0 / fan_in), dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def relative_change(network: Network, spec: pathcond.ArchSpec, seed: int = 0) -> float:
+    """The largest change of an output under log-scales from N(0, 1), relative to its largest entry.
+
+    The outputs are computed in one program, compiled for speed of compilation.
+    """
+    keys = jax.random.split(jax.random.key(seed), max(len(spec.groups), 1))
+    log_scales = tuple(
+        jax.random.normal(key, (group.size,)) for key, group in zip(keys, spec.groups, strict=False)
+    )
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    outputs = jax.jit(network.apply_fn, compiler_options=options)
+    before = jax.tree.leaves(outputs(network.params, network.x))
+    after = jax.tree.leaves(outputs(pathcond.rescale(network.params, spec, log_scales), network.x))
+    changes = [
+        np.max(abs(np.asarray(b, np.float64) - np.asarray(a, np.float64)))
+        / np.max(abs(np.asarray(b, np.float64)))
+        for b, a in zip(before, after, strict=True)
+    ]
+    return float(max(changes))
 
 
 def image(size: int, channels: int = 3, batch: int = 2, seed: int = 1) -> jax.Array:

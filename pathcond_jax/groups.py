@@ -1,0 +1,253 @@
+"""Graph -> neuron groups: solve the scales' equations, read the neurons, explain the rest."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from pathcond_jax.equations import Equations, LabelBlock, Solved, null_space
+from pathcond_jax.graph import Graph
+from pathcond_jax.scales import Analysis, Scale, connected
+from pathcond_jax.spec import Incidence, Leaf, NeuronGroup, Pinned, layer_path
+from pathcond_jax.symmetry_rules import RULES, pin
+
+_MAX_PASSES = 8
+
+# Why a log-scale that the equations leave free is not used.
+_POWER, _ONE_SIDED, _TRIVIAL = 1, 2, 3
+_UNUSED = {
+    _POWER: "a later parameter would have to take its scale to another power than -1",
+    _ONE_SIDED: "no other parameter could take up its scale",
+    _TRIVIAL: "its scale can as well sit on the parameter's other axes",
+}
+
+
+def infer(
+    graph: Graph, leaves: Sequence[Leaf]
+) -> tuple[tuple[NeuronGroup, ...], tuple[Pinned, ...]]:
+    """The neuron groups of a program, and what else may not be rescaled and why.
+
+    Args:
+      graph: the program; its first inputs are the leaves.
+      leaves: the leaves of the parameter tree.
+    """
+    shapes = {k: leaf.shape for k, leaf in enumerate(leaves) if leaf.trainable or leaf.state}
+    factors = {k: _separate_axes(shape) for k, shape in shapes.items()}
+    for _ in range(_MAX_PASSES):
+        analysis = Analysis(RULES, pin, shapes, factors)
+        arguments = [analysis.leaf(k) if k in shapes else Scale() for k in range(len(leaves))]
+        arguments += [Scale(signal=True)] * (len(graph.inputs) - len(leaves))
+        for scale in analysis.run(graph, arguments):
+            origin = analysis.because("the network's output must not change", None)
+            for group in connected(scale.terms):
+                analysis.equations.require(group, origin)
+        if not analysis.requests:
+            break
+        for leaf, axes in analysis.requests:
+            sets = factors[leaf] | {axes}
+            factors[leaf] = {s for s in sets if not any(set(s) < set(other) for other in sets)}
+    return _Reading(analysis, leaves).result()
+
+
+def _separate_axes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
+    wide: set[tuple[int, ...]] = {(a,) for a, n in enumerate(shape) if n > 1}
+    return wide or {(len(shape) - 1,) if shape else ()}
+
+
+class _Reading:
+    """Neurons from the solution space.
+
+    Attributes:
+      blocks: the label blocks of leaves.
+      effects: per block, a sparse matrix (slices of the leaf, labels): the power with which each
+        free log-scale multiplies each slice.
+      unused: per label, why it is not used although it is free, or 0.
+    """
+
+    def __init__(self, analysis: Analysis, leaves: Sequence[Leaf]) -> None:
+        equations = analysis.equations
+        self.analysis, self.leaves = analysis, leaves
+        self.solved: Solved = equations.solve()
+        self.blocks = [block for block in equations.blocks if block.leaf is not None]
+        self.effects = [
+            self.solved.table[b.start : b.start + math.prod(b.shape)] for b in self.blocks
+        ]
+        self.blocks_of: dict[int, list[int]] = {}
+        for k, block in enumerate(self.blocks):
+            self.blocks_of.setdefault(_leaf_of(block), []).append(k)
+        self.unused = np.zeros(equations.count, np.int8)
+        self.creator = _creators(equations)
+
+    def result(self) -> tuple[tuple[NeuronGroup, ...], tuple[Pinned, ...]]:
+        self._drop(self._trivial(), _TRIVIAL)
+        for numbers in self.blocks_of.values():
+            _merge_whole_leaf_effects(self.effects, numbers)
+        odd = [e.indices[~np.isclose(abs(e.data), 1.0)] for e in self.effects]
+        self._drop(np.unique(np.concatenate([*odd, []])).astype(int), _POWER)
+        sides = np.zeros((2, len(self.unused)), bool)
+        for effect in self.effects:
+            sides[0, effect.indices[effect.data > 0]] = True
+            sides[1, effect.indices[effect.data < 0]] = True
+        self._drop(np.flatnonzero(sides[0] ^ sides[1]), _ONE_SIDED)
+        return self._groups(np.flatnonzero(sides.all(axis=0))), tuple(self._pinned())
+
+    def _drop(self, labels: np.ndarray, why: int) -> None:
+        self.unused[labels] = why
+        for k, effect in enumerate(self.effects):
+            gone = self.unused[effect.indices] != 0
+            if gone.any():
+                effect = effect.copy()
+                effect.data[gone] = 0.0
+                effect.eliminate_zeros()
+                self.effects[k] = effect
+
+    def _trivial(self) -> np.ndarray:
+        """Free labels to fix because they, with others, change no entry of any leaf.
+
+        A function of an entry that is a sum over sets of axes vanishes iff it vanishes at the
+        entries where the axes outside of one of these sets are at 0.
+        """
+        rows = []
+        for numbers in self.blocks_of.values():
+            for k in numbers:
+                total = self.effects[k]
+                for other in numbers:
+                    if other != k:
+                        at = _reference(self.blocks[k], self.blocks[other])
+                        total = total + self.effects[other][at]
+                rows.append(total)
+        sizes = np.array([math.prod(block.shape) for block in self.analysis.equations.blocks])
+        made = np.array([block.leaf is None for block in self.analysis.equations.blocks])
+        order = np.lexsort((sizes[self.creator], made[self.creator]))
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return null_space(sparse.vstack(rows, "csr"), self.solved.free, rank)
+
+    def _groups(self, neurons: np.ndarray) -> tuple[NeuronGroup, ...]:
+        _, group = np.unique(self.creator[neurons], return_inverse=True)
+        sizes = np.bincount(group) if len(neurons) else np.zeros(0, np.int64)
+        first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
+        group_of = np.zeros(len(self.unused), np.int64)
+        index_of = np.zeros(len(self.unused), np.int64)
+        group_of[neurons], index_of[neurons] = group, np.arange(len(neurons)) - first[group]
+        sides: dict[tuple[int, int], list[Incidence]] = {}
+        for block, effect in zip(self.blocks, self.effects, strict=True):
+            path = self.leaves[_leaf_of(block)].path
+            for key, found in _incidences(effect, group_of, index_of).items():
+                sides.setdefault(key, []).extend(
+                    Incidence(path, block.axes, index.reshape(block.shape)) for index in found
+                )
+        names = _unique_names(sides[k, 1][0].path for k in range(len(sizes)))
+        return tuple(
+            NeuronGroup(name, int(size), tuple(sides[k, 1]), tuple(sides[k, -1]))
+            for k, (name, size) in enumerate(zip(names, sizes, strict=True))
+        )
+
+    def _pinned(self) -> Iterable[Pinned]:
+        """Why the remaining slices of each trainable leaf keep their scale, axis by axis."""
+        for number, numbers in self.blocks_of.items():
+            leaf = self.leaves[number]
+            if not leaf.trainable:
+                continue
+            wide: list[int | None] = [a for a, n in enumerate(leaf.shape) if n > 1]
+            for axis in wide or [None]:
+                along = [k for k in numbers if axis is None or axis in self.blocks[k].axes]
+                still = {k: np.flatnonzero(np.diff(self.effects[k].indptr) == 0) for k in along}
+                if any(not slices.size for slices in still.values()):
+                    continue
+                k = min(along, key=lambda k: len(still[k]))
+                yield self._pin(leaf, axis, k, still[k])
+
+    def _pin(self, leaf: Leaf, axis: int | None, number: int, still: np.ndarray) -> Pinned:
+        block = self.blocks[number]
+        reasons = Counter(self._why(block.start + int(slice_)) for slice_ in still[:64])
+        (origin, text), _ = reasons.most_common(1)[0]
+        node = self.analysis.reasons[origin].node if origin >= 0 else None
+        count = math.prod(block.shape)
+        if len(still) < count:
+            text += f" ({len(still)} of {count} slices)"
+        operation, source = (node.operation, node.source) if node is not None else ("", "")
+        return Pinned(leaf.path, axis, operation, source, text)
+
+    def _why(self, label: int) -> tuple[int, str]:
+        origin = self.solved.why(label)
+        if origin >= 0:
+            return origin, self.analysis.reasons[origin].text
+        start, stop = self.solved.table.indptr[label : label + 2]
+        unused = self.unused[self.solved.table.indices[start:stop]]
+        why = int(unused[unused > 0].min(initial=_TRIVIAL))
+        tied = int(self.solved.tied[label])
+        if why == _TRIVIAL and tied >= 0:
+            return tied, self.analysis.reasons[tied].text
+        return -1, _UNUSED[why]
+
+
+def _leaf_of(block: LabelBlock) -> int:
+    assert block.leaf is not None
+    return block.leaf
+
+
+def _creators(equations: Equations) -> np.ndarray:
+    """Per label, the number of the block it was created in."""
+    creator = np.zeros(equations.count, np.int64)
+    for number, block in enumerate(equations.blocks):
+        creator[block.start : block.start + math.prod(block.shape)] = number
+    return creator
+
+
+def _reference(block: LabelBlock, other: LabelBlock) -> np.ndarray:
+    """Per slice of ``block``, the slice of ``other`` at 0 on the axes that they do not share."""
+    positions = np.arange(math.prod(other.shape)).reshape(other.shape)
+    shared = [a for a in other.axes if a in block.axes]
+    at = positions[tuple(slice(None) if a in shared else 0 for a in other.axes)]
+    shape = [n if a in shared else 1 for a, n in zip(block.axes, block.shape, strict=True)]
+    return np.broadcast_to(at.reshape(shape), block.shape).reshape(-1)
+
+
+def _merge_whole_leaf_effects(effects: list[Any], numbers: Sequence[int]) -> None:
+    """A scale that meets all of a leaf through several sets of axes meets it once."""
+    whole: dict[int, list[tuple[int, float]]] = {}
+    for k in numbers if len(numbers) > 1 else ():
+        effect = effects[k]
+        for column in effect.indices[: effect.indptr[1]]:
+            values = effect.data[effect.indices == column]
+            if len(values) == effect.shape[0] and (values == values[0]).all():
+                whole.setdefault(int(column), []).append((k, float(values[0])))
+    for column, met in whole.items():
+        total = sum(value for _, value in met)
+        for k, _ in met if len(met) > 1 else ():
+            effects[k] = effects[k].copy()
+            effects[k].data[effects[k].indices == column] = total if k == met[-1][0] else 0.0
+            effects[k].eliminate_zeros()
+
+
+def _incidences(
+    effect: Any, group_of: np.ndarray, index_of: np.ndarray
+) -> dict[tuple[int, int], list[np.ndarray]]:
+    """Per (group, sign): the neuron of each slice; more arrays where a slice meets more neurons."""
+    found: dict[tuple[int, int], list[np.ndarray]] = {}
+    entries = sparse.coo_matrix(effect)
+    groups, signs = group_of[entries.col], np.sign(entries.data).astype(int)
+    for key in sorted(set(zip(groups.tolist(), signs.tolist(), strict=True))):
+        here = np.flatnonzero((groups == key[0]) & (signs == key[1]))
+        while here.size:
+            rows, first = np.unique(entries.row[here], return_index=True)
+            index = np.full(effect.shape[0], -1)
+            index[rows] = index_of[entries.col[here[first]]]
+            found.setdefault(key, []).append(index)
+            here = np.delete(here, first)
+    return found
+
+
+def _unique_names(paths: Iterable[str]) -> list[str]:
+    """The layer of each group's first parameter."""
+    names, seen = [], Counter[str]()
+    for path in paths:
+        layer = layer_path(path)
+        name = "/".join(part for part in layer.split("/") if part != "params") or path
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return names

@@ -1,0 +1,380 @@
+"""The log-scales by which the values of a program move, and how an operation combines them.
+
+Every value has a log-scale that is a sum of terms ``c · z[labels]``; label arrays broadcast against
+the value, with size 1 on axes along which the scale is constant.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pathcond_jax.equations import WILD, Equations, Term, cancel
+from pathcond_jax.graph import Graph, Node
+
+# Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
+MAX_JOINT = 1 << 20
+
+Terms = tuple[Term, ...]
+
+
+class Scale(NamedTuple):
+    """The log-scale of a value.
+
+    Attributes:
+      terms: what it is the sum of.
+      signal: whether the value depends on the network's input (else on parameters only).
+      cause: the operation that left a signal without a scale; None: the input has none.
+    """
+
+    terms: Terms = ()
+    signal: bool = False
+    cause: Node | None = None
+
+
+class Reason(NamedTuple):
+    """Why a scale is fixed."""
+
+    text: str
+    node: Node | None
+
+
+Rule = Callable[..., Sequence[Terms]]
+
+
+class Analysis:
+    """One pass over a program: the equations so far and where they come from.
+
+    Args:
+      rules: per primitive, how scales pass.
+      otherwise: the rule for primitives without one.
+      leaf_shapes: the shapes of the leaves that have scales, by position.
+      factors: per leaf, the sets of axes that have labels of their own.
+    """
+
+    def __init__(
+        self,
+        rules: dict[Any, Rule],
+        otherwise: Rule,
+        leaf_shapes: dict[int, tuple[int, ...]],
+        factors: dict[int, set[tuple[int, ...]]],
+    ) -> None:
+        self.equations = Equations()
+        self.reasons: list[Reason] = []
+        self.leaf_shapes = leaf_shapes
+        self.factors = factors
+        self.requests: list[tuple[int, tuple[int, ...]]] = []
+        self.moved: set[tuple[int, tuple[int, ...]]] = set()
+        self._rules, self._otherwise = rules, otherwise
+        self._constants: dict[tuple[int, int], Scale] = {}
+
+    def leaf(self, number: int) -> Scale:
+        """Unknown log-scales for a parameter, one label array per set of its axes."""
+        shape = self.leaf_shapes[number]
+        terms = []
+        for axes in sorted(self.factors[number]):
+            labels = self.equations.new(tuple(shape[a] for a in axes), number, axes)
+            full = [shape[a] if a in axes else 1 for a in range(len(shape))]
+            terms.append(Term(1.0, labels.reshape(full)))
+        return Scale(tuple(terms))
+
+    def because(self, text: str, node: Node | None) -> int:
+        """The number of a reason, by which equations remember it."""
+        reason = Reason(text, node)
+        if not self.reasons or self.reasons[-1] != reason:
+            self.reasons.append(reason)
+        return len(self.reasons) - 1
+
+    def run(self, graph: Graph, arguments: Sequence[Scale]) -> list[Scale]:
+        """The scales of the graph's outputs."""
+        env = dict(zip(graph.inputs, arguments, strict=True))
+
+        def read(number: int) -> Scale:
+            return env[number] if number in env else self._constant(graph, number)
+
+        for node in graph.nodes:
+            inputs = [read(i) for i in node.inputs]
+            scope = Scope(self, graph, node)
+            rule = self._rules.get(node.primitive, self._otherwise)
+            for number, terms in zip(node.outputs, rule(scope, *inputs), strict=True):
+                env[number] = scope.settle(inputs, number, terms)
+        return [read(i) for i in graph.outputs]
+
+    def _constant(self, graph: Graph, number: int) -> Scale:
+        """Zeros and infinities fit every scale, other constants only the scale 1."""
+        key = (id(graph), number)
+        if key not in self._constants:
+            known = jnp.issubdtype(graph.avals[number].dtype, jnp.inexact)
+            free = _fits_every_scale(graph.constants[number]) if known else np.zeros(())
+            # Zeros that come from outside, such as the first running means, are there to change.
+            if free.any() and not (free.all() and number in graph.captured):
+                self._constants[key] = Scale((Term(1.0, np.where(free, WILD, 0)),))
+            else:
+                self._constants[key] = Scale()
+        return self._constants[key]
+
+
+def _fits_every_scale(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    free = (array == 0) | np.isinf(array)
+    for axis in range(array.ndim):
+        head = np.take(free, [0], axis) if array.shape[axis] else free
+        if (free == head).all():
+            free = head
+    return free
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scope:
+    """What a rule sees of the operation it is applied to, and what it may demand."""
+
+    analysis: Analysis
+    graph: Graph
+    node: Node
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        """The shape of input ``k``."""
+        return self.graph.avals[self.node.inputs[k]].shape
+
+    def out_shape(self, k: int = 0) -> tuple[int, ...]:
+        """The shape of output ``k``."""
+        return self.graph.avals[self.node.outputs[k]].shape
+
+    def is_constant(self, k: int) -> bool:
+        """Whether input ``k`` is known when tracing."""
+        return self.node.inputs[k] in self.graph.constants
+
+    def constant(self, k: int) -> np.ndarray | None:
+        """The value of input ``k`` if it is known when tracing."""
+        return (
+            np.asarray(self.graph.constants[self.node.inputs[k]]) if self.is_constant(k) else None
+        )
+
+    @property
+    def params(self) -> Any:
+        """The primitive's parameters."""
+        return self.node.params
+
+    def because(self, text: str) -> int:
+        """A reason that names this operation: ``text`` follows its name."""
+        return self.analysis.because(f"{self.node.operation} {text}", self.node)
+
+    def require(self, terms: Iterable[Term], because: int | str) -> None:
+        """Demands Σ terms = 0."""
+        origin = self.because(because) if isinstance(because, str) else because
+        self.analysis.equations.require(list(terms), origin)
+
+    def new(self, shape: tuple[int, ...]) -> np.ndarray:
+        """New labels, unknown log-scales."""
+        return self.analysis.equations.new(shape)
+
+    def pin(self, *scales: Scale) -> None:
+        """Demands that values keep their scale."""
+        for scale in scales:
+            for group in connected(scale.terms):
+                self.require(group, "does not let a scale pass")
+
+    def leaf_blocks(self, term: Term) -> list[tuple[int, tuple[int, ...]]]:
+        """The leaves, and sets of their axes, whose labels a term has."""
+        equations = self.analysis.equations
+        blocks = [equations.blocks[k] for k in equations.block_numbers(term.labels)]
+        return [(block.leaf, block.axes) for block in blocks if block.leaf is not None]
+
+    def ask_to_join(self, terms: Iterable[Term]) -> None:
+        """Separate labels on axes of one leaf meet: the next pass gives it joint ones."""
+        axes: dict[int, list[tuple[int, ...]]] = {}
+        for term in terms:
+            for leaf, block_axes in self.leaf_blocks(term):
+                axes.setdefault(leaf, []).append(block_axes)
+        for leaf, sets in axes.items():
+            joint = tuple(sorted(set().union(*sets)))
+            size = math.prod(self.analysis.leaf_shapes[leaf][a] for a in joint)
+            if len(sets) > 1 and not any(set(joint) <= set(s) for s in sets) and size <= MAX_JOINT:
+                self.analysis.requests.append((leaf, joint))
+
+    def index(self, scale: Scale, axes: Iterable[int]) -> None:
+        """Single slices of a parameter are taken along ``axes``: each has scales of its own."""
+        axes = set(axes)
+        for term in scale.terms if axes and not scale.signal else ():
+            if axes & support(term):
+                for other in scale.terms:
+                    if not axes & support(other):
+                        self.ask_to_join((term, other))
+
+    def fresh(self, group: Sequence[Term]) -> Term:
+        """A new label array equal to the sum of ``group``."""
+        labels = self.new(np.broadcast_shapes(*(term.labels.shape for term in group)))
+        self.require([*group, Term(-1.0, labels)], "joins scales")
+        return Term(1.0, np.where(_is_wild_somewhere(group), WILD, labels))
+
+    def settle(self, inputs: Sequence[Scale], output: int, terms: Terms) -> Scale:
+        """The scale of an output; a signal that parameters have entered gets its own neurons."""
+        if not jnp.issubdtype(self.graph.avals[output].dtype, jnp.inexact):
+            terms = ()
+        terms = tuple(cancel(list(terms)))
+        signals = [scale for scale in inputs if scale.signal]
+        if not signals:
+            return Scale(terms)
+        met = [term for term in terms if self.leaf_blocks(term)]
+        if met:
+            self.ask_to_join(term for term in met if support(term))
+            named: list[Term] = []
+            for group in connected(terms):
+                entered = any(term is other for term in group for other in met)
+                named += [self.fresh(group)] if entered else group
+            terms = tuple(named)
+        cause = next((scale.cause for scale in signals if not scale.terms), self.node)
+        return Scale(terms, True, None if terms else cause)
+
+    def single(self, scale: Scale, ndim: int) -> np.ndarray:
+        """The scale as one label array."""
+        if not scale.terms:
+            return np.zeros((1,) * ndim, np.int64)
+        if len(scale.terms) == 1 and scale.terms[0].coefficient == 1.0:
+            return scale.terms[0].labels
+        return self.fresh(scale.terms).labels
+
+    def equate(self, scales: Sequence[Scale], ndim: int, because: str) -> Terms:
+        """The common scale of values that are added, compared or selected between."""
+        first, *rest = (expand(scale, ndim) for scale in scales)
+        for second in rest:
+            first = self._equate_two(first, second, ndim, because)
+        return first
+
+    def _equate_two(self, one: Terms, two: Terms, ndim: int, because: str) -> Terms:
+        if is_wild(one) or is_wild(two):
+            return two if is_wild(one) else one
+        for group in connected(cancel([*one, *powered(two, -1.0)])):
+            self.ask_to_join(group)
+            self.require(group, because)
+        if not has_wild((*one, *two)):
+            # Prefer what operations have named over labels of leaves, then what names more axes.
+            return min(one, two, key=lambda terms: (any(map(self.leaf_blocks, terms)), not terms))
+        left, right = self.single(Scale(one), ndim), self.single(Scale(two), ndim)
+        return (Term(1.0, np.where(left == WILD, right, left)),)
+
+    def along(
+        self,
+        terms: Iterable[Term],
+        axes: Iterable[int],
+        because: int | str = "mixes entries along it",
+    ) -> Terms:
+        """Demands one scale along ``axes``; the result has size 1 there."""
+        axes, kept = tuple(axes), []
+        groups = connected(cancel(list(terms)))
+        for group in groups:
+            if not varies(group, axes):
+                kept += group
+                continue
+            self.ask_to_join(term for term in group if support(term))
+            shape = np.broadcast_shapes(*(term.labels.shape for term in group))
+            rest = tuple(1 if a in axes else n for a, n in enumerate(shape))
+            others = [term for other in groups if other is not group for term in other]
+            if self._sits_elsewhere(group, others, {a for a, n in enumerate(rest) if n > 1}):
+                self.require(group, because)
+                continue
+            labels = self.new(rest)
+            self.require([*group, Term(-1.0, labels)], because)
+            wild = np.broadcast_to(_is_wild_somewhere(group), shape).all(axis=axes, keepdims=True)
+            kept.append(Term(1.0, np.where(wild, WILD, labels)))
+        return tuple(kept)
+
+    def _sits_elsewhere(
+        self, group: Iterable[Term], others: Iterable[Term], varying: set[int]
+    ) -> bool:
+        """Whether a scale that a group leaves over could as well sit on other axes of its leaf.
+
+        Moving it there changes no entry of the leaf, which can be done once per set of axes.
+        """
+        used = self.analysis.moved
+        for leaf, axes in (block for term in group for block in self.leaf_blocks(term)):
+            for other in others:
+                places = {place for place in self.leaf_blocks(other) if place[0] == leaf}
+                if (leaf, axes) not in used and places - used and varying <= support(other):
+                    used.add((leaf, axes))
+                    return True
+        return False
+
+    def contract(
+        self, terms: Iterable[Term], summed: tuple[int, ...], inputs: Iterable[Scale]
+    ) -> Terms:
+        """The scale of a sum of products, ``terms`` laid out over all axes, some summed away."""
+        terms = cancel(list(terms))
+        if is_wild(terms):
+            return (Term(1.0, np.full((1,) * (terms[0].labels.ndim - len(summed)), WILD)),)
+        bare = [scale for scale in inputs if scale.signal and not scale.terms]
+        because: int | str = "sums over it"
+        if bare:
+            cause = bare[0].cause
+            text = "the network's input is fixed"
+            text = (
+                f"its input comes out of {cause.operation}, with a fixed scale" if cause else text
+            )
+            because = self.analysis.because(text, cause)
+        return mapped(self.along(terms, summed, because), lambda x: x.squeeze(summed))
+
+
+def varies(terms: Iterable[Term], axes: Iterable[int]) -> bool:
+    """Whether a scale varies along any of ``axes``."""
+    axes = tuple(axes)
+    return any(term.labels.shape[a] > 1 for term in terms for a in axes)
+
+
+def support(term: Term) -> frozenset[int]:
+    """The axes along which a term varies."""
+    return frozenset(a for a, n in enumerate(term.labels.shape) if n > 1)
+
+
+def connected(terms: Iterable[Term]) -> list[list[Term]]:
+    """Terms that share an axis belong together; constant terms join the first group."""
+    groups: list[tuple[frozenset[int], list[Term]]] = []
+    constant: list[Term] = []
+    for term in terms:
+        joined, members = support(term), [term]
+        if not joined:
+            constant.append(term)
+            continue
+        apart = []
+        for other_support, other in groups:
+            if other_support & joined:
+                joined, members = joined | other_support, other + members
+            else:
+                apart.append((other_support, other))
+        groups = [*apart, (joined, members)]
+    found = [members for _, members in groups]
+    if constant:
+        found = [found[0] + constant, *found[1:]] if found else [constant]
+    return found
+
+
+def is_wild(terms: Sequence[Term]) -> bool:
+    """Whether the value is zero (or infinite) everywhere."""
+    return any((term.labels == WILD).all() for term in terms)
+
+
+def has_wild(terms: Iterable[Term]) -> bool:
+    """Whether the value is known to be zero (or infinite) somewhere."""
+    return any((term.labels == WILD).any() for term in terms)
+
+
+def _is_wild_somewhere(terms: Iterable[Term]) -> np.ndarray:
+    return functools.reduce(np.logical_or, (term.labels == WILD for term in terms))
+
+
+def expand(scale: Scale, ndim: int) -> Terms:
+    """The terms at rank ``ndim``: scalars take part in elementwise operations of any rank."""
+    return mapped(scale.terms, lambda x: x if x.ndim == ndim else x.reshape((1,) * ndim))
+
+
+def powered(terms: Iterable[Term], power: float) -> Terms:
+    """The scale of a power."""
+    return tuple(Term(power * term.coefficient, term.labels) for term in terms)
+
+
+def mapped(terms: Iterable[Term], move: Callable[[np.ndarray], np.ndarray]) -> Terms:
+    """The scale after an operation that only moves entries."""
+    return tuple(Term(term.coefficient, move(term.labels)) for term in terms)
