@@ -1,7 +1,6 @@
 """The methods that the studies compare, by name, and a fair comparison of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -126,20 +125,16 @@ def prepare(
     runs = jax.tree.leaves(params)[0].shape[0]
     if method.options is None:
         return params, {"largest": np.zeros(runs), "mean": np.zeros(runs)}
-    prepared, log_scales = _prepare(params, spec, method.options)
-    sizes = np.abs(np.concatenate([np.asarray(z) for z in log_scales], axis=1))
-    return prepared, {"largest": sizes.max(axis=1), "mean": sizes.mean(axis=1)}
+    options = dict(method.options)
 
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _prepare(
-    params: PyTree, spec: pathcond.ArchSpec, options: tuple[tuple[str, Any], ...]
-) -> tuple[PyTree, tuple[jax.Array, ...]]:
     def one(params: PyTree) -> tuple[PyTree, tuple[jax.Array, ...]]:
-        conditioned, solution = pathcond.condition(params, spec, **dict(options))
+        conditioned, solution = pathcond.condition(params, spec, **options)
         return conditioned, solution.log_scales
 
-    return jax.vmap(one)(params)
+    # Not jitted: the solvers are, and then compile once for all numbers of sweeps and weights.
+    prepared, log_scales = jax.vmap(one)(params)
+    sizes = np.abs(np.concatenate([np.asarray(z) for z in log_scales], axis=1))
+    return prepared, {"largest": sizes.max(axis=1), "mean": sizes.mean(axis=1)}
 
 
 def compare(

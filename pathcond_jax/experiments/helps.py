@@ -1,0 +1,324 @@
+"""Does conditioning help? Every method on small problems, at its own best learning rate.
+
+Each method starts from the same initializations and sees the same batches. The optima do not
+depend on the representative, so from the unbalanced starts only "none" and sweeps are run.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from matplotlib.figure import Figure
+from scipy import stats
+
+from pathcond_jax.experiments import drawing, methods, models, sources, training
+from pathcond_jax.experiments.figure5 import as_autoencoding
+from pathcond_jax.experiments.study import (
+    Context,
+    Options,
+    Report,
+    Result,
+    Table,
+    Task,
+    mean_interval,
+)
+
+SUMMARY = "whether conditioning helps, at every method's own best learning rate"
+DATASETS: tuple[str, ...] = ()
+
+SPREAD = 2.0
+FROM_UNBALANCED = (methods.NONE, "1 sweep", "3 sweeps", methods.TEN_SWEEPS)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+class Setup(NamedTuple):
+    """A problem of the study.
+
+    Attributes:
+      make: the problem, for a number of epochs.
+      num_epochs: of the full study.
+      threshold: of the training score.
+      score: what the score is.
+    """
+
+    make: Callable[[int], methods.Problem]
+    num_epochs: int
+    threshold: float
+    score: str = "accuracy"
+
+
+def _digits_mlp(num_epochs: int) -> methods.Problem:
+    model = models.MLP((64,) * 4)
+    return methods.problem(model, sources.load("digits"), num_epochs=num_epochs, batch_size=64)
+
+
+def _bottleneck_mlp(num_epochs: int) -> methods.Problem:
+    model = models.MLP((96, 12, 96, 12))
+    return methods.problem(model, sources.load("digits"), num_epochs=num_epochs, batch_size=64)
+
+
+def _moons_mlp(num_epochs: int) -> methods.Problem:
+    model = models.MLP((16, 32, 16), num_outputs=2)
+    return methods.problem(model, sources.load("moons"), num_epochs=num_epochs, batch_size=70)
+
+
+def _autoencoder(num_epochs: int) -> methods.Problem:
+    return methods.problem(
+        models.MLP((32, 8, 32), num_outputs=64),
+        as_autoencoding(sources.load("digits")),
+        num_epochs=num_epochs,
+        batch_size=32,
+        goal=training.RECONSTRUCTION,
+    )
+
+
+def _cnn(num_epochs: int) -> methods.Problem:
+    model = models.CNN((8, 16), kernel_init=nn.initializers.he_normal())
+    fast = model.clone(convolution=models.convolve_by_products)
+    data = sources.load("digits")
+    return methods.problem(model, data, num_epochs=num_epochs, batch_size=64, trained_model=fast)
+
+
+SETUPS = {
+    "moons MLP 16-32-16": Setup(_moons_mlp, 40, 0.99),
+    "digits MLP 64-64-64-64": Setup(_digits_mlp, 20, 0.99),
+    "digits MLP 96-12-96-12": Setup(_bottleneck_mlp, 20, 0.99),
+    "autoencoder 32-8-32": Setup(_autoencoder, 30, 0.6, "explained variance"),
+    "CNN 8-16, He": Setup(_cnn, 12, 0.99),
+}
+
+
+def tasks(options: Options) -> list[Task]:
+    """A task for each problem; it runs all learning rates, methods and seeds."""
+    names, rates, seeds = list(SETUPS), LEARNING_RATES, 5
+    chosen = list(methods.METHODS)
+    if options.quick:
+        names, rates, seeds = names[:1], (0.03, 0.3, 3.0), 3
+        chosen = [methods.NONE, "1 sweep", "norm 0.3"]
+    return [
+        Task(
+            name,
+            {
+                "problem": name,
+                "learning_rates": list(rates),
+                "num_epochs": SETUPS[name].num_epochs // (2 if options.quick else 1),
+                "num_seeds": seeds,
+                "methods": chosen,
+                "from_unbalanced": [m for m in FROM_UNBALANCED if m in chosen],
+                "spread": SPREAD,
+                "threshold": SETUPS[name].threshold,
+                "seed": options.seed,
+            },
+        )
+        for name in names
+    ]
+
+
+def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Trains everything on one problem."""
+    task = SETUPS[settings["problem"]].make(settings["num_epochs"])
+    spec = methods.trace(task)
+    keys = jax.random.split(jax.random.key(settings["seed"]), (3, settings["num_seeds"]))
+    standard = jax.jit(jax.vmap(task.init_fn))(keys[0])
+    rescaled = jax.jit(
+        jax.vmap(lambda key, params: methods.unbalanced(key, params, spec, settings["spread"]))
+    )(keys[1], standard)
+    starts, sizes, again = {}, {}, {}
+    for origin, params, names in (
+        ("standard", standard, settings["methods"]),
+        ("unbalanced", rescaled, settings["from_unbalanced"]),
+    ):
+        for name in names:
+            method = methods.METHODS[name]
+            label = f"{origin}: {name}"
+            starts[label], sizes[label] = methods.prepare(params, spec, method)
+            again[label] = method
+    initial = _initial_losses(task, standard)
+    rates = settings["learning_rates"]
+    by_rate = [
+        methods.compare(
+            task,
+            starts,
+            spec,
+            keys[2],
+            rate,
+            again=again,
+            advance=lambda part: context.advance(part / len(rates)),
+        )
+        for rate in rates
+    ]
+    return {
+        label: _described([curves[label] for curves in by_rate], settings, initial)
+        | {"log_scales": sizes[label]}
+        for label in starts
+    }
+
+
+def _initial_losses(task: methods.Problem, params: Any) -> np.ndarray:
+    """The training loss of each seed before any step, (seeds,)."""
+
+    def loss(params: Any) -> jax.Array:
+        outputs = training.predict(task.train_fn, params, task.data.train_inputs, task.batch_size)
+        return task.goal.loss(outputs, task.data.train_labels)
+
+    return np.asarray(jax.jit(jax.vmap(loss))(params))
+
+
+def _described(
+    by_rate: list[training.Curves], settings: dict[str, Any], initial: np.ndarray
+) -> dict[str, Any]:
+    """Arrays (rates, seeds) of one start, and its largest stable learning rate by seed."""
+    reached = [
+        training.epochs_to(curves.train_accuracy, settings["threshold"]) for curves in by_rate
+    ]
+    final = {
+        name: np.stack([getattr(curves, name)[:, -1] for curves in by_rate])
+        for name in training.Curves._fields
+    }
+    rates = settings["learning_rates"]
+    stable = methods.largest_stable(rates, final["train_loss"], initial)
+    return {"epochs_to": np.stack(reached), **final, "largest_stable": stable}
+
+
+class Best(NamedTuple):
+    """A start at its own best learning rate; arrays are by seed."""
+
+    rate: float
+    loss: np.ndarray
+    score: np.ndarray
+    epochs: np.ndarray
+
+
+def best(values: dict[str, Any], rates: list[float]) -> Best:
+    """Chooses the learning rate with the smallest geometric mean of the final training loss."""
+    losses = np.asarray(values["train_loss"], float)
+    # Far below any loss that matters, and above zero.
+    logs = np.log(np.maximum(np.where(np.isfinite(losses), losses, np.inf), 1e-12))
+    chosen = int(np.argmin(logs.mean(axis=1)))
+    score, epochs = (np.asarray(values[k])[chosen] for k in ("test_accuracy", "epochs_to"))
+    return Best(rates[chosen], losses[chosen], score, epochs)
+
+
+def log_ratio(losses: np.ndarray, against: np.ndarray) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval of log10(loss / against), paired by seed."""
+    floor = 1e-12
+    ratios = np.log10(np.maximum(losses, floor)) - np.log10(np.maximum(against, floor))
+    mean, half = mean_interval(ratios)
+    return float(mean), float(half)
+
+
+def report(results: list[Result]) -> Report:
+    """For each problem and start: own best rate, same rate, stability, and the verdicts."""
+    tables = [_table(result) for result in results]
+    return Report(tables, {"": plot(results)}, findings(results))
+
+
+def _table(result: Result) -> Table:
+    settings = result.settings
+    rates = settings["learning_rates"]
+    reference = best(result.values["standard: none"], rates)
+    same = rates.index(reference.rate)
+    rows = []
+    for label, values in result.values.items():
+        own = best(values, rates)
+        mean, half = log_ratio(own.loss, reference.loss)
+        at_same, _ = log_ratio(np.asarray(values["train_loss"])[same], reference.loss)
+        stable = np.exp(np.mean(np.log(np.maximum(values["largest_stable"], 1e-6))))
+        rows.append(
+            (
+                label.removeprefix("standard: ").replace("unbalanced: ", "unbal.: "),
+                f"{own.rate:g}",
+                f"{np.exp(np.mean(np.log(np.maximum(own.loss, 1e-12)))):.2g}",
+                f"{mean:+.2f} ±{half:.2f}" if label != "standard: none" else "",
+                f"{at_same:+.2f}",
+                f"{np.median(own.epochs):g}",
+                f"{100 * np.mean(own.score):.1f}",
+                f"{stable:.2g}",
+            )
+        )
+    score = SETUPS[settings["problem"]].score
+    title = (
+        f"{settings['problem']}: {settings['num_epochs']} epochs, {settings['num_seeds']} seeds; "
+        "at each start's own best learning rate"
+    )
+    heads = (
+        "start",
+        "best\nrate",
+        "train\nloss",
+        "log10 of\nratio",
+        f"at rate\n{reference.rate:g}",
+        f"epochs to\n{settings['threshold']:g}",
+        "test %" if score == "accuracy" else "test %\nexplained",
+        "stable\nup to",
+    )
+    return Table(title, heads, rows)
+
+
+def verdicts(results: list[Result]) -> dict[str, dict[str, str]]:
+    """For each method and problem: "helps", "hurts" or "same" as no rescaling, by final loss.
+
+    The 95 % interval of the paired log-ratio, widened for the number of comparisons (Bonferroni).
+    """
+    table: dict[str, dict[str, str]] = {}
+    for result in results:
+        rates = result.settings["learning_rates"]
+        names = [n for n in result.settings["methods"] if n != methods.NONE]
+        reference = best(result.values["standard: none"], rates).loss
+        count, total = result.settings["num_seeds"], len(names) * len(results)
+        widened = stats.t.ppf(1 - 0.025 / total, count - 1) / stats.t.ppf(0.975, count - 1)
+        for name in names:
+            mean, half = log_ratio(best(result.values[f"standard: {name}"], rates).loss, reference)
+            clear = abs(mean) > half * widened
+            word = ("helps" if mean < 0 else "hurts") if clear else "same"
+            table.setdefault(name, {})[result.settings["problem"]] = word
+    return table
+
+
+def findings(results: list[Result]) -> list[str]:
+    """The verdicts as sentences, and what conditioning does to unbalanced starts."""
+    sentences = []
+    for name, words in verdicts(results).items():
+        counts = [list(words.values()).count(word) for word in ("helps", "same", "hurts")]
+        sentences.append(
+            f"{name}, from the standard start: lower final loss on {counts[0]}, no clear "
+            f"difference on {counts[1]}, higher on {counts[2]} of {len(words)} problems."
+        )
+    worse, repaired = [], []
+    for result in results:
+        rates = result.settings["learning_rates"]
+        at = {label: best(values, rates).loss for label, values in result.values.items()}
+        worse.append(log_ratio(at["unbalanced: none"], at["standard: none"])[0])
+        last = result.settings["from_unbalanced"][-1]
+        repaired.append(log_ratio(at[f"unbalanced: {last}"], at["standard: none"])[0])
+    sentences.append(
+        "The unbalanced start, without conditioning, at its own best rate: final loss "
+        f"10^{min(worse):+.2f} to 10^{max(worse):+.2f} times the standard start's; "
+        f"after {last}: 10^{min(repaired):+.2f} to 10^{max(repaired):+.2f}."
+    )
+    return sentences
+
+
+def plot(results: list[Result]) -> Figure:
+    """For each problem, the log-ratio of the final loss against no rescaling, by method."""
+    figure, axes = drawing.panels(1, len(results), width=2.9, height=4.2)
+    for panel, result in zip(axes[0], results, strict=True):
+        rates = result.settings["learning_rates"]
+        labels = [label for label in result.values if label != "standard: none"]
+        reference = best(result.values["standard: none"], rates).loss
+        for place, label in enumerate(labels):
+            mean, half = log_ratio(best(result.values[label], rates).loss, reference)
+            origin = label.startswith("unbalanced")
+            color = drawing.PALETTE[1 if origin else 2]
+            marker = "s" if origin else "o"
+            if np.isfinite(mean):
+                panel.errorbar(mean, place, xerr=half, color=color, marker=marker, capsize=2)
+            else:
+                panel.text(0, place, "diverged", fontsize=8, va="center")
+        panel.axvline(0, color="0.5", linewidth=0.8)
+        panel.set_title(result.settings["problem"], fontsize=9)
+        panel.set_xlabel("log10 (final loss /\nfinal loss without)")
+        panel.set_yticks(range(len(labels)), labels if panel is axes[0, 0] else [])
+        panel.set_ylim(len(labels) - 0.5, -0.5)
+    return figure
