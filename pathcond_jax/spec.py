@@ -225,11 +225,11 @@ def layer_path(path: str) -> str:
 
 def no_neuron(spec: ArchSpec) -> str:
     """Why a spec without groups has none, in one sentence for an error."""
-    # Every network pins its inputs and outputs; what it pins between them tells more.
-    sums = ("", "output", "dot_general", "conv_general_dilated")
-    between = [pin for pin in spec.pinned if pin.operation.split(" ")[0] not in sums]
+    # Every network pins its inputs and outputs; what operations pin tells more.
+    between = [pin for pin in spec.pinned if pin.operation]
     telling = {(pin.reason, pin.source): pin for pin in reversed(between or spec.pinned)}
-    shown = "; ".join(str(pin) for pin in reversed(telling.values()))
+    reasons = [str(pin) for pin in reversed(telling.values())]
+    shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if reasons[4:] else "")
     return (
         f"the network has no neuron to rescale{f' ({shown})' if shown else ''}; a neuron is a unit "
         "between two trainable layers, behind an activation that scales pass, such as relu"
