@@ -18,6 +18,8 @@ from pathcond_jax.lifting import (
     ScaledDiagonal,
     conditioning_score,
     gram_diagonal,
+    gram_matrix,
+    lifted,
     path_norm,
     scaled_gram_diagonal,
 )
@@ -52,6 +54,8 @@ __all__ = [
     "count_linear_pieces_1d",
     "extremal_vectors",
     "gram_diagonal",
+    "gram_matrix",
+    "lifted",
     "mtl_penalty",
     "neuron_orientations",
     "num_conservation_laws",

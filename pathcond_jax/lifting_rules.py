@@ -1,0 +1,428 @@
+"""How paths pass through a program: one rule per primitive."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pathcond_jax.graph import Node, primitive
+from pathcond_jax.path_program import SAME, Lifting, Rule, add_all
+from pathcond_jax.path_values import (
+    Call,
+    Coefficient,
+    Gate,
+    Kind,
+    Record,
+    Signal,
+    Value,
+    call,
+    coefficients_of,
+    evaluate,
+    moved_entries,
+    signals_of,
+    unliftable,
+)
+from pathcond_jax.scaled import Scaled
+
+# Functions linear in their arrays; calls of them with equal options compile once.
+
+
+def _max_all(*parts: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, parts)
+
+
+def _bind(*values: jax.Array, primitive: Any, **params: Any) -> Any:
+    return primitive.bind(*values, **params)
+
+
+def _part(value: jax.Array, k: int, primitive: Any, **params: Any) -> jax.Array:
+    return primitive.bind(value, **params)[k]
+
+
+def _padded(value: jax.Array, primitive: Any, **params: Any) -> jax.Array:
+    return primitive.bind(value, jnp.zeros((), value.dtype), **params)
+
+
+def _reduced(value: jax.Array, axes: tuple[int, ...], largest: bool) -> jax.Array:
+    return value.max(axes) if largest else value.sum(axes)
+
+
+def _windowed(value: jax.Array, largest: bool, **params: Any) -> jax.Array:
+    start, operation = (-jnp.inf, lax.max) if largest else (0.0, lax.add)
+    return lax.reduce_window(value, np.asarray(start, value.dtype)[()], operation, **params)
+
+
+def _concatenated(*values: jax.Array, axis: int) -> jax.Array:
+    return jnp.concatenate(values, axis)
+
+
+def _chosen(*values: jax.Array) -> jax.Array:
+    *cases, which = values
+    return lax.select_n(which, *cases)
+
+
+def _unstacked(value: jax.Array) -> list[jax.Array]:
+    return [value[k] for k in range(value.shape[0])]
+
+
+def _stacked(*values: jax.Array) -> jax.Array:
+    return jnp.stack(values)
+
+
+def _is_zero(value: Value) -> bool:
+    return (
+        isinstance(value, Coefficient)
+        and not value.trainable
+        and not isinstance(value.raw, jax.core.Tracer)
+        and not np.asarray(value.raw).any()
+    )
+
+
+def _no_gates(node: Node, values: Sequence[Value]) -> None:
+    if any(isinstance(value, Gate) for value in values):
+        raise unliftable(node, "mixes paths with values that depend on the input in another way")
+
+
+def _common_base(signals: Sequence[Signal]) -> Signal | None:
+    """The signal of which all are multiples: the argument of a LeakyReLU or PReLU."""
+    chains = [(signal, *signal.multiple_of) for signal in signals]
+    return next((b for b in chains[0] if all(b in chain for chain in chains[1:])), None)
+
+
+def _linear(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """Operations that move or sum entries of one value, at places known without the input."""
+    value, *places = inputs
+    if any(not isinstance(place, Coefficient) for place in places):
+        what = "weights" if isinstance(value, Coefficient) else "values"
+        raise unliftable(node, f"chooses {what} at places that depend on the input")
+    extra = tuple(place.raw for place in places if isinstance(place, Coefficient))
+    if isinstance(value, Coefficient) and node.primitive in SUMS:
+        return lifting.made(node, [value])
+    return [lifting.moved(value, call(_bind, primitive=node.primitive, **node.params), extra)]
+
+
+def _split(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    parts = range(len(node.outputs))
+    calls = [call(_part, k=k, primitive=node.primitive, **node.params) for k in parts]
+    return [lifting.moved(inputs[0], linear) for linear in calls]
+
+
+def _passed(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """Operations that pass every path: casts, and activations such as |x|."""
+    coefficients = coefficients_of(inputs)
+    if coefficients is None:
+        return inputs[: len(node.outputs)]
+    made = [lifting.moved(value, SAME) for value in coefficients]
+    for value, raw in zip(made, evaluate(node, coefficients), strict=True):
+        if isinstance(value, Coefficient):
+            value.raw = raw
+    return made
+
+
+def _neg(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    return [lifting.moved(inputs[0], SAME, sign=-1)]
+
+
+def _abs(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    if isinstance(inputs[0], Coefficient):
+        return lifting.made(node, [inputs[0]], elementwise=True)
+    return inputs
+
+
+def _function(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """A function that is not linear makes weights of parameters, entry by entry."""
+    coefficients = coefficients_of(inputs)
+    if coefficients is None:
+        raise unliftable(node)
+    return lifting.made(node, coefficients, elementwise=True)
+
+
+def _convert(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    if isinstance(inputs[0], Gate) or jnp.issubdtype(node.params["new_dtype"], jnp.floating):
+        return _passed(lifting, node, inputs)
+    raise unliftable(node)
+
+
+def _pad(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    value, fill = inputs
+    if not _is_zero(fill):
+        raise unliftable(node, "pads with values other than 0")
+    return [lifting.moved(value, call(_padded, primitive=node.primitive, **node.params))]
+
+
+def _mul(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    one, two = inputs
+    signals = signals_of(inputs)
+    if len(signals) == 2:
+        raise unliftable(node, "multiplies two signals")
+    if any(isinstance(value, Gate) for value in inputs):
+        return [_gated(node, inputs)]
+    linear = call(jnp.multiply)
+    if signals:
+        return [lifting.multiplied(linear, one, two, multiple=True)]
+    return [_product_of_weights(lifting, node, linear, *coefficients_of(inputs) or ())]
+
+
+def _gated(node: Node, inputs: list[Value]) -> Value:
+    """X · 1[x > 0]: an activation."""
+    switches = [value for value in inputs if isinstance(value, Gate) and value.switch]
+    signals = signals_of(inputs)
+    if not signals or not switches:
+        raise unliftable(node, "multiplies values that depend on the input in different ways")
+    return signals[0]
+
+
+def _product_of_weights(
+    lifting: Lifting, node: Node, linear: Call, one: Coefficient, two: Coefficient
+) -> Value:
+    if set(one.entries) & set(two.entries):
+        return lifting.made(node, [one, two])[0]
+    (raw,) = evaluate(node, [one, two])
+    power = lifting.product(linear, one, two)
+    exact = one.exact and two.exact
+    made = Coefficient(raw, power, True, None, exact, {**one.entries, **two.entries})
+    lifting.record(made, linear, [one, two])
+    return made
+
+
+def _div(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    one, two = inputs
+    if not isinstance(two, Coefficient):
+        raise unliftable(node, "divides by a value that depends on the input")
+    if isinstance(one, Coefficient) and two.trainable:
+        return lifting.made(node, [one, two], elementwise=True)
+    inverse: Value = Coefficient(1 / jnp.asarray(two.raw).astype(lifting.dtype))
+    if two.trainable:
+        (inverse,) = lifting.made(_as(node, "integer_pow", y=-1), [two], elementwise=True)
+    return _mul(lifting, _as(node, "mul"), [one, inverse])
+
+
+def _as(node: Node, name: str, **params: Any) -> Node:
+    """Another operation at the same line of the program."""
+    return dataclasses.replace(node, primitive=primitive(name), params=params)
+
+
+def _add(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    _no_gates(node, inputs)
+    coefficients = coefficients_of(inputs)
+    if coefficients is not None:
+        return lifting.made(node, coefficients, elementwise=True)
+    minus = -1 if node.primitive is primitive("sub") else 1
+    return [lifting.combined(call(add_all), *inputs, signs=(1, minus))]
+
+
+def _extremum(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """ReLU, LeakyReLU as a maximum of multiples, and the maximum or minimum of signals."""
+    _no_gates(node, inputs)
+    coefficients = coefficients_of(inputs)
+    if coefficients is not None:
+        return lifting.made(node, coefficients, elementwise=True)
+    signals = signals_of(inputs)
+    if len(signals) == 1:
+        if any(_is_zero(value) for value in inputs):
+            return [signals[0]]
+        raise unliftable(node, "compares a signal with a constant other than 0")
+    shared = _common_base(signals)
+    if shared is not None:
+        return [shared]
+    return [lifting.combined(call(_max_all if lifting.max_pool == "max" else add_all), *signals)]
+
+
+def _select(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    which, *cases = inputs
+    coefficients = coefficients_of(cases)
+    if isinstance(which, Coefficient):
+        _no_gates(node, cases)
+        return [_joined(lifting, call(_chosen), cases, (which.raw,))]
+    if coefficients is not None:
+        # A slope, as in x · where(x > 0, 1, a).
+        return [Gate()]
+    _no_gates(node, cases)
+    shared = _common_base(signals_of(cases))
+    others = [value for value in cases if not isinstance(value, Signal)]
+    if shared is None or not all(_is_zero(value) for value in others):
+        raise unliftable(node, "chooses by the input between values that are no multiples of it")
+    return [shared]
+
+
+def _joined(
+    lifting: Lifting, linear: Call, values: Sequence[Value], extra: tuple[Any, ...] = ()
+) -> Value:
+    """One value out of the entries of several."""
+    coefficients = coefficients_of(values)
+    if coefficients is not None:
+        return lifting.joined(linear, *coefficients, extra=extra)
+    return lifting.combined(linear, *values, extra=extra)
+
+
+def _compared(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    coefficients = coefficients_of(inputs)
+    if coefficients is not None:
+        return [Coefficient(raw) for raw in evaluate(node, coefficients)]
+    return [Gate()] * len(node.outputs)
+
+
+def _reduce_max(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    (value,) = inputs
+    if isinstance(value, Coefficient):
+        return lifting.made(node, [value])
+    largest = lifting.max_pool == "max"
+    return [lifting.moved(value, call(_reduced, axes=tuple(node.params["axes"]), largest=largest))]
+
+
+def _window(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """Pooling; a maximum has an edge from each entry of its window, or follows the maximum."""
+    (value,) = inputs
+    if isinstance(value, Coefficient):
+        return lifting.made(node, [value])
+    largest = node.primitive is not primitive("reduce_window_sum") and lifting.max_pool == "max"
+    keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    options = {key: node.params[key] for key in keys}
+    return [lifting.moved(value, call(_windowed, largest=largest, **options))]
+
+
+def _concatenate(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    _no_gates(node, inputs)
+    return [_joined(lifting, call(_concatenated, axis=node.params["dimension"]), inputs)]
+
+
+def _update(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """Writes or adds one value into another, at places known without the input."""
+    into, *rest = inputs
+    if node.primitive is primitive("dynamic_update_slice"):
+        value, *places = rest
+    else:
+        *places, value = rest
+    known = coefficients_of(places)
+    if known is None:
+        raise unliftable(node, "writes values at places that depend on the input")
+    _no_gates(node, inputs)
+    linear = call(_updated, primitive=node.primitive, **node.params)
+    extra = tuple(place.raw for place in known)
+    coefficients = coefficients_of(inputs)
+    if coefficients is not None and node.primitive in SUMS:
+        return lifting.made(node, coefficients)
+    return [_joined(lifting, linear, [into, value], extra)]
+
+
+def _updated(into: jax.Array, value: jax.Array, *places: Any, primitive: Any, **params: Any) -> Any:
+    if "update_jaxpr" in params:
+        return primitive.bind(into, *places, value, **params)
+    return primitive.bind(into, value, *places, **params)
+
+
+def _contraction(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    _no_gates(node, inputs)
+    coefficients = coefficients_of(inputs)
+    if coefficients is not None:
+        return lifting.made(node, coefficients)
+    if len(signals_of(inputs)) == 2:
+        raise unliftable(node, "multiplies two signals")
+    options = dict(node.params, precision=(lax.Precision.HIGHEST,) * 2, preferred_element_type=None)
+    return [lifting.multiplied(call(_bind, primitive=node.primitive, **options), *inputs)]
+
+
+def _scan(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+    """Step by step: stacked parameters differ between steps, and paths go through all of them."""
+    num_consts, num_carry = node.params["num_consts"], node.params["num_carry"]
+    consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
+    (body,), steps = node.bodies, range(node.params["length"])
+    stacked = [_slices(lifting, value, len(steps)) for value in inputs[num_consts + num_carry :]]
+    made: dict[int, list[Value]] = {}
+    for step in reversed(steps) if node.params["reverse"] else steps:
+        results = lifting.run(body, [*consts, *carry, *(slices[step] for slices in stacked)])
+        carry, made[step] = results[:num_carry], results[num_carry:]
+    outputs = range(len(node.outputs) - num_carry)
+    return [*carry, *(_stack(lifting, node, [made[s][k] for s in steps]) for k in outputs)]
+
+
+def _slices(lifting: Lifting, value: Value, length: int) -> list[Value]:
+    """The entries of a value along its first axis; the reverse sweep stacks their derivatives."""
+    if isinstance(value, Gate):
+        return [value] * length
+    raws = _unstacked(jnp.asarray(value.raw)) if isinstance(value, Coefficient) else []
+    if isinstance(value, Coefficient) and not value.trainable:
+        return [Coefficient(raw) for raw in raws]
+    power = lifting.power(value)
+    parts = [Scaled(mantissa, power.exponent) for mantissa in _unstacked(power.mantissa)]
+    made: list[Value] = []
+    for k, part in enumerate(parts):
+        if isinstance(value, Signal):
+            made.append(Signal(part, (), value.met))
+        else:
+            entry = call(_entry, k=k)
+            entries = {leaf: moved_entries(own, entry, ()) for leaf, own in value.entries.items()}
+            made.append(Coefficient(raws[k], part, True, None, value.exact, entries))
+    record = Record(Kind.PRODUCT, (value,), tuple(made), call(_unstacked), (), (1,))
+    lifting.records.append(record)
+    return made
+
+
+def _entry(value: jax.Array, k: int) -> jax.Array:
+    return value[k]
+
+
+def _stack(lifting: Lifting, node: Node, values: list[Value]) -> Value:
+    gates = [value for value in values if isinstance(value, Gate)]
+    if gates:
+        return Gate(all(gate.switch for gate in gates))
+    coefficients = coefficients_of(values)
+    if coefficients is not None and not any(value.trainable for value in coefficients):
+        return Coefficient(jnp.stack([jnp.asarray(value.raw) for value in coefficients]))
+    return _joined(lifting, call(_stacked), values)
+
+
+_RULES_BY_NAME: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (
+        _linear,
+        (
+            *("reshape", "broadcast_in_dim", "slice", "squeeze", "transpose", "rev", "tile"),
+            *("dynamic_slice", "gather", "reduce_sum", "cumsum"),
+        ),
+    ),
+    (_split, ("split",)),
+    (_pad, ("pad",)),
+    (_concatenate, ("concatenate",)),
+    (_update, ("dynamic_update_slice", "scatter", "scatter_add", "scatter-add")),
+    (
+        _passed,
+        (
+            *("copy", "copy_p", "stop_gradient", "reduce_precision", "name", "device_put"),
+            *("sharding_constraint", "optimization_barrier"),
+        ),
+    ),
+    (_neg, ("neg",)),
+    (_abs, ("abs",)),
+    (_convert, ("convert_element_type",)),
+    (_mul, ("mul",)),
+    (_div, ("div",)),
+    (_add, ("add", "sub", "add_jaxvals")),
+    (_extremum, ("max", "min")),
+    (_select, ("select_n",)),
+    (_compared, ("eq", "ne", "ge", "gt", "le", "lt", "is_finite", "argmax", "argmin", "sign")),
+    (_reduce_max, ("reduce_max", "reduce_min")),
+    (_window, ("reduce_window_sum", "reduce_window_max", "reduce_window_min")),
+    (_contraction, ("dot_general", "conv_general_dilated")),
+    (_scan, ("scan",)),
+    (
+        _function,
+        (
+            *("pow", "integer_pow", "square", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"),
+            *("log1p", "tanh", "logistic", "sin", "cos", "erf"),
+        ),
+    ),
+)
+
+RULES: dict[Any, Rule] = {
+    found: rule
+    for rule, names in _RULES_BY_NAME
+    for found in map(primitive, names)
+    if found is not None
+}
+
+SUMS = frozenset(map(primitive, ("reduce_sum", "cumsum", "scatter_add", "scatter-add")))

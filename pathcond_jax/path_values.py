@@ -1,0 +1,191 @@
+"""What the values of a program are to paths: signals, coefficients and gates."""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pathcond_jax.graph import Node
+from pathcond_jax.scaled import Scaled
+
+
+class NotPathLiftableError(ValueError):
+    """The network computes something that is not a sum over paths."""
+
+
+@dataclasses.dataclass(eq=False)
+class Coefficient:
+    """A value that depends on parameters and constants only.
+
+    Attributes:
+      raw: the value.
+      power: |value|^q; computed when first read.
+      trainable: whether trainable parameters enter it.
+      made: the operation, if it is more than a product of parameters.
+      exact: whether each entry depends on one entry of each leaf at most.
+      entries: for each leaf, a function that gives the entry of the leaf, counted from 1, that
+        each entry of the value depends on, or 0.
+    """
+
+    raw: Any
+    power: Scaled | None = None
+    trainable: bool = False
+    made: Node | None = None
+    exact: bool = True
+    entries: Mapping[int, Callable[[], np.ndarray]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class Signal:
+    """A sum over paths.
+
+    Attributes:
+      power: its value on powers.
+      multiple_of: signals of which it is an elementwise multiple, nearest first.
+      met: bit set of the uses of parameters on its paths.
+    """
+
+    power: Scaled
+    multiple_of: tuple["Signal", ...] = ()
+    met: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Gate:
+    """A value that depends on the input but is no sum over paths.
+
+    Attributes:
+      switch: whether it is piecewise constant, as x > 0 is: the slope of an activation.
+    """
+
+    switch: bool = True
+
+
+Value = Coefficient | Signal | Gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function with its options: equal ones compile once."""
+
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, *arguments: jax.Array) -> Any:
+        """Runs the function."""
+        return self.function(*arguments, **dict(self.options))
+
+
+def call(function: Callable[..., Any], **options: Any) -> Call:
+    """``function`` with keyword options."""
+    return Call(function, tuple(sorted(options.items())))
+
+
+class Kind(enum.Enum):
+    """How a record's output depends on its inputs."""
+
+    PRODUCT = "linear in each input"
+    SUM = "linear in all inputs together"
+    MADE = "a function of them; only derivatives are linear"
+
+
+class Record(NamedTuple):
+    """How values were made of others.
+
+    Attributes:
+      kind: how ``linear`` is linear.
+      inputs: what was read.
+      outputs: what was made.
+      linear: from mantissas to mantissas.
+      extra: further arguments of ``linear``.
+      signs: the sign with which each input enters.
+    """
+
+    kind: Kind
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    linear: Call
+    extra: tuple[Any, ...] = ()
+    signs: tuple[int, ...] = ()
+
+
+def at(node: Node) -> str:
+    """The operation and the user's line."""
+    return f"{node.operation}{f' at {node.source}' if node.source else ''}"
+
+
+def unliftable(node: Node, why: str = "is not a sum over paths") -> NotPathLiftableError:
+    """The error that names an operation."""
+    return NotPathLiftableError(
+        f"{at(node)} {why}, so this network has no path lifting; use a criterion that needs none, "
+        "such as condition(..., criterion='enorm')"
+    )
+
+
+def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:
+    """The entries of a leaf, counted from 1."""
+    return np.arange(1, 1 + np.prod(shape, dtype=np.int64), dtype=np.int32).reshape(shape)
+
+
+def moved_entries(
+    entries: Callable[[], np.ndarray], linear: Call, extra: tuple[Any, ...]
+) -> Callable[[], np.ndarray]:
+    """Which entries of a leaf a moved coefficient depends on."""
+
+    def moved() -> np.ndarray:
+        if any(isinstance(x, jax.core.Tracer) for x in extra):
+            return entries()
+        with jax.ensure_compile_time_eval():
+            return np.asarray(linear(jnp.asarray(entries()), *extra))
+
+    return functools.cache(moved)
+
+
+def joined_entries(
+    values: Sequence[Coefficient], leaf: int, linear: Call, extra: tuple[Any, ...]
+) -> Callable[[], np.ndarray]:
+    """Which entries of a leaf a coefficient joined of several depends on."""
+
+    def joined() -> np.ndarray:
+        if any(isinstance(x, jax.core.Tracer) for x in extra):
+            return np.concatenate([v.entries[leaf]().ravel() for v in values if leaf in v.entries])
+        with jax.ensure_compile_time_eval():
+            parts = [
+                v.entries[leaf]() if leaf in v.entries else np.zeros(np.shape(v.raw), np.int32)
+                for v in values
+            ]
+            return np.asarray(linear(*map(jnp.asarray, parts), *extra))
+
+    return functools.cache(joined)
+
+
+def evaluate(node: Node, inputs: Sequence[Coefficient]) -> list[Any]:
+    """Runs an operation as it is."""
+    made = node.primitive.bind(*(value.raw for value in inputs), **node.params)
+    return list(made) if node.primitive.multiple_results else [made]
+
+
+def signals_of(values: Iterable[Value]) -> list[Signal]:
+    """The signals among values."""
+    return [value for value in values if isinstance(value, Signal)]
+
+
+def coefficients_of(values: Sequence[Value]) -> list[Coefficient] | None:
+    """The values, if all of them are coefficients."""
+    found = [value for value in values if isinstance(value, Coefficient)]
+    return found if len(found) == len(values) else None
+
+
+def is_trainable(value: Value) -> bool:
+    """Whether trainable parameters enter a coefficient."""
+    return isinstance(value, Coefficient) and value.trainable
+
+
+def is_fixed_scalar(value: Value) -> bool:
+    """Whether a value is one number that is no parameter."""
+    return isinstance(value, Coefficient) and not value.trainable and np.size(value.raw) == 1

@@ -1,0 +1,91 @@
+"""Nonnegative arrays with one exponent: float32 mantissas for numbers of any magnitude."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# The exponent of an array of zeros: below all others, and far from the end of int32.
+ZERO = -(1 << 20)
+
+
+class Scaled(NamedTuple):
+    """``mantissa · 2^exponent``, with one int32 ``exponent`` for the whole array."""
+
+    mantissa: jax.Array
+    exponent: jax.Array
+
+
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """2^exponent, 0 below the normal numbers and inf above them."""
+    info, integer = _format(dtype)
+    clipped = jnp.clip(exponent, info.minexp - 1, info.maxexp).astype(integer)
+    bits = lax.shift_left(clipped + integer(1 - info.minexp), integer(info.nmant))
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def times_power_of_two(value: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Value · 2^exponent in two steps: the power may leave the range where the product does not."""
+    half = exponent // 2
+    return value * power_of_two(half, value.dtype) * power_of_two(exponent - half, value.dtype)
+
+
+def exponent_of(value: jax.Array) -> jax.Array:
+    """floor(log2) of positive numbers, ``ZERO`` for 0; int32."""
+    info, integer = _format(value.dtype)
+    bits = lax.bitcast_convert_type(lax.stop_gradient(value), integer)
+    exponent = lax.shift_right_arithmetic(bits, integer(info.nmant)) - integer(1 - info.minexp)
+    return jnp.where(value > 0, exponent.astype(jnp.int32), np.int32(ZERO))
+
+
+def normalized(mantissa: jax.Array, exponent: jax.Array, keep_zero: bool = False) -> Scaled:
+    """The same number with its largest entry in [1, 2).
+
+    Args:
+      mantissa: nonnegative array.
+      exponent: int32 scalar.
+      keep_zero: an array of zeros keeps its exponent, which is that of its derivatives, instead
+        of the exponent ``ZERO``.
+    """
+    if not mantissa.size:
+        return Scaled(mantissa, exponent)
+    # XLA repeats chains of scalars in every kernel that reads them; a maximum over absolute
+    # exponents cuts the chain, so that compile time stays linear in depth.
+    largest = mantissa.max(tuple(range(mantissa.ndim - 1))) if mantissa.ndim > 1 else mantissa
+    own = exponent_of(largest)
+    top = jnp.where(own > ZERO, own + exponent, np.int32(ZERO)).max()
+    if keep_zero:
+        top = jnp.where(top > ZERO, top, exponent)
+    return Scaled(mantissa * power_of_two(exponent - top, mantissa.dtype), top)
+
+
+def aligned(parts: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:
+    """Mantissas over one exponent, the largest."""
+    if len(parts) == 1:
+        return [parts[0].mantissa], parts[0].exponent
+    exponents = [part.exponent for part in parts]
+    top = exponents[0]
+    for exponent in exponents[1:]:
+        top = jnp.maximum(top, exponent)
+    return [
+        part.mantissa * power_of_two(part.exponent - top, part.mantissa.dtype) for part in parts
+    ], top
+
+
+def powered(value: jax.Array, order: int, dtype: Any, keep_zero: bool = False) -> Scaled:
+    """|value|^order."""
+    size = abs(value.astype(dtype))
+    if not size.size:
+        return Scaled(size, jnp.zeros((), jnp.int32))
+    top = exponent_of(size.max())
+    known = jnp.where(top > ZERO, top, 0)
+    mantissa = times_power_of_two(size, -known) ** order
+    return Scaled(mantissa, known * order if keep_zero else jnp.where(top > ZERO, top * order, top))
+
+
+def _format(dtype: Any) -> tuple[Any, Any]:
+    info = jnp.finfo(dtype)
+    return info, np.int64 if info.bits == 64 else np.int32
