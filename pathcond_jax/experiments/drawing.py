@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,11 +34,10 @@ def tidy(axes: Axes) -> None:
 
 def legend_below(figure: Figure, axes: Axes | Iterable[Axes], columns: int | None = None) -> None:
     """One legend under all panels, where it covers nothing; a label shown twice is listed once."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for one in [axes] if isinstance(axes, Axes) else axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
+            entries.setdefault(str(label), handle)
     columns = columns or min(len(entries), 5)
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=9
-    )
+    handles, labels = list(entries.values()), list(entries)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)

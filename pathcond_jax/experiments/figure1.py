@@ -148,9 +148,9 @@ def plot(results: list[Result]) -> Figure:
     """A column for each start: loss, path in the lifting, path of the parameters."""
     figure, axes = drawing.panels(3, len(results))
     styles = {
-        PLAIN: (drawing.PALETTE[0], "-"),
-        CONDITIONED: (drawing.PALETTE[3], "-"),
-        LIFTED: (drawing.PALETTE[2], (0, (4, 2))),
+        PLAIN: (drawing.COLORS[0], "-"),
+        CONDITIONED: (drawing.COLORS[3], "-"),
+        LIFTED: (drawing.COLORS[2], (0, (4, 2))),
     }
     for result, (top, middle, bottom) in zip(results, axes.T, strict=True):
         ways = {way: np.asarray(result.values[way]["path"]) for way in styles}

@@ -98,7 +98,7 @@ def plot(results: list[Result], names: list[str]) -> Figure:
         first.plot(
             np.asarray(depths) + 0.08 * (number - (len(names) - 1) / 2),
             np.where(np.isfinite(epochs), epochs, 1.1 * limit),
-            color=drawing.PALETTE[number],
+            color=drawing.COLORS[number],
             marker=drawing.MARKERS[number],
             label=name,
         )

@@ -113,7 +113,7 @@ def alternating_widths(width: int, ratio: int, hidden_layers: int) -> list[int]:
     return [width if layer % 2 == 0 else width // ratio for layer in range(hidden_layers + 2)]
 
 
-def init(key: jax.Array, widths: Sequence[int], deviations: Sequence[float]) -> list[Layer]:
+def init(key: jax.Array, widths: Sequence[int], deviations: Sequence[Any]) -> list[Layer]:
     """Normal weights with a standard deviation for each layer; biases zero, none at the end."""
     keys = jax.random.split(key, len(widths) - 1)
     kernels = [
@@ -213,7 +213,7 @@ def plot(grid: list[Result], proposition: Result) -> Figure:
                 middle,
                 half,
                 marker=drawing.MARKERS[number],
-                color=drawing.PALETTE[2 + number],
+                color=drawing.COLORS[2 + number],
                 capsize=2,
                 label=f"{variance} variance (σ = {deviation:g})",
             )
@@ -233,7 +233,7 @@ def plot(grid: list[Result], proposition: Result) -> Figure:
         measured / expected,
         3 * error / expected,
         fmt="o",
-        color=drawing.PALETTE[3],
+        color=drawing.COLORS[3],
         capsize=2,
         label="measured / expected, ± 3 standard errors",
     )

@@ -156,7 +156,7 @@ def plot(sizes: list[Result], trained: list[Result]) -> Figure:
     first, *others = axes[0]
     factors = [r.settings["factor"] for r in sizes]
     middle, half = mean_interval([r.values["largest"] for r in sizes])
-    first.errorbar(factors, middle, half, marker="o", color=drawing.PALETTE[2], capsize=2)
+    first.errorbar(factors, middle, half, marker="o", color=drawing.COLORS[2], capsize=2)
     first.set(xlabel="compression factor", ylabel="largest |log λ| at initialization")
     first.set(xticks=factors, ylim=(0, None))
     for panel, rate in zip(others, rates, strict=True):
@@ -168,7 +168,7 @@ def plot(sizes: list[Result], trained: list[Result]) -> Figure:
                 middle,
                 half,
                 marker=drawing.MARKERS[number],
-                color=drawing.PALETTE[number],
+                color=drawing.COLORS[number],
                 capsize=2,
                 label=name,
             )

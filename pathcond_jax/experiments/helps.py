@@ -4,7 +4,7 @@ Each method starts from the same initializations and sees the same batches. The 
 depend on the representative, so from the unbalanced starts only "none" and sweeps are run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ DATASETS: tuple[str, ...] = ()
 
 SPREAD = 2.0
 FROM_UNBALANCED = (methods.NONE, "1 sweep", "3 sweeps", methods.TEN_SWEEPS)
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LEARNING_RATES: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class Setup(NamedTuple):
@@ -310,7 +310,7 @@ def plot(results: list[Result]) -> Figure:
         for place, label in enumerate(labels):
             mean, half = log_ratio(best(result.values[label], rates).loss, reference)
             origin = label.startswith("unbalanced")
-            color = drawing.PALETTE[1 if origin else 2]
+            color = drawing.COLORS[1 if origin else 2]
             marker = "s" if origin else "o"
             if np.isfinite(mean):
                 panel.errorbar(mean, place, xerr=half, color=color, marker=marker, capsize=2)

@@ -1,5 +1,6 @@
 """The methods that the studies compare, by name, and a fair comparison of them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ METHODS = {
     "norm 1": conditioning(norm_weight=1.0),
     "1 sweep every 5": sweeps(1, every=5),
     "norm 0.3 every 5": conditioning(norm_weight=0.3, every=5),
-    ENORM: conditioning(criterion="norm"),
+    ENORM: conditioning(criterion="enorm"),
 }
 
 
@@ -180,15 +181,23 @@ def compare(
             num_epochs=task.num_epochs,
             batch_size=task.batch_size,
             epochs_per_call=method.every if method else 1,
-            on_epochs=lambda count, share=share: advance(count * share),
+            on_epochs=functools.partial(_advance, advance, share),
             goal=task.goal,
             train_apply_fn=task.train_apply_fn,
-            between=method and (lambda params, _, method=method: prepare(params, spec, method)[0]),
+            between=None if method is None else functools.partial(_repeat, spec, method),
         )
         for number, name in enumerate(names):
             rows = slice(number * len(keys), (number + 1) * len(keys))
             curves[name] = training.Curves(*(part[rows] for part in trained))
     return curves
+
+
+def _repeat(spec: pathcond.ArchSpec, method: Method, params: PyTree, _: int) -> PyTree:
+    return prepare(params, spec, method)[0]
+
+
+def _advance(advance: Callable[[float], None], share: float, count: int) -> None:
+    advance(share * count)
 
 
 def run_methods(

@@ -1,5 +1,6 @@
 """The authors' two-moons grid: small MLPs, full-batch gradient descent, five learning rates."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,19 +20,22 @@ from pathcond_jax.experiments.study import (
 SUMMARY = "small MLPs on two moons"
 DATASETS = ("moons",)
 
-WIDTHS = ([8, 16, 8], [16, 32, 32, 16], [16, 32, 64, 32, 16], [32, 64, 128, 64, 32])
-LEARNING_RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-NAMES = (methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM, methods.ENORM)
+WIDTHS: Sequence[list[int]] = (
+    [8, 16, 8],
+    [16, 32, 32, 16],
+    [16, 32, 64, 32, 16],
+    [32, 64, 128, 64, 32],
+)
+LEARNING_RATES: Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+NAMES: Sequence[str] = (methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM, methods.ENORM)
 THRESHOLD = 0.99
 
 
 def tasks(options: Options) -> list[Task]:
     """A task for each architecture and learning rate."""
-    widths, rates, epochs, seeds = WIDTHS, LEARNING_RATES, 10000, 10
-    names = NAMES
+    widths, rates, names, epochs, seeds = WIDTHS, LEARNING_RATES, NAMES, 10000, 10
     if options.quick:
-        widths, rates, epochs, seeds = WIDTHS[:1], (1e-2, 1e-1, 1.0), 400, 3
-        names = (methods.NONE, methods.TEN_SWEEPS)
+        widths, rates, names, epochs, seeds = WIDTHS[:1], LEARNING_RATES[2:], NAMES[:2], 400, 3
     return [
         Task(
             f"{'-'.join(map(str, hidden))}, learning rate {rate:g}",

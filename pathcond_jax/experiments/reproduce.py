@@ -30,14 +30,18 @@ STUDIES = {
 }
 
 
+class UsageError(ValueError):
+    """There is no such study, or it has no such data set."""
+
+
 def study(name: str) -> Study:
     """The module of a study.
 
     Raises:
-      ValueError: there is no such study.
+      UsageError: there is no such study.
     """
     if name not in STUDIES:
-        raise ValueError(f"no study {name!r}; there are {', '.join(STUDIES)}")
+        raise UsageError(f"no study {name!r}; there are {', '.join(STUDIES)}")
     module: Study = importlib.import_module(f"{__package__}.{name}")
     return module
 
@@ -69,7 +73,7 @@ def main(
       The report.
 
     Raises:
-      ValueError: the study or data set does not exist.
+      UsageError: the study or data set does not exist.
       DataError: a file of the data set is missing or damaged.
     """
     console = console or Console()
@@ -108,7 +112,7 @@ def _dataset(name: str, module: Study, asked: str | None) -> str:
         return module.DATASETS[0] if module.DATASETS else ""
     if asked not in module.DATASETS:
         known = ", ".join(module.DATASETS) or "none: it needs no data"
-        raise ValueError(f"{name} has no data set {asked!r}; there are {known}")
+        raise UsageError(f"{name} has no data set {asked!r}; there are {known}")
     return asked
 
 
