@@ -12,6 +12,7 @@ from pathcond_jax.finetuning import (
     relu_finetuning_penalty,
     scale_network,
 )
+from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax.initializers import conditioned_init, conditioned_nnx
 from pathcond_jax.lifting import (
     NotPathLiftableError,
@@ -47,6 +48,7 @@ __all__ = [
     "condensation_directions",
     "condensed_groups",
     "condition",
+    "condition_nnx",
     "conditioned_init",
     "conditioned_nnx",
     "conditioning_score",
@@ -58,6 +60,8 @@ __all__ = [
     "lifted",
     "mtl_penalty",
     "neuron_orientations",
+    "nnx_spec",
+    "nnx_variables",
     "num_conservation_laws",
     "order_and_dependence",
     "path_norm",

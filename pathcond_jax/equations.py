@@ -206,7 +206,9 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
         pair = (nonzero == 2) & np.isclose(abs(current.data[one]), abs(current.data[two]))
         if single.any() or pair.any():
             zeros = current.indices[np.repeat(single, nonzero)]
-            zero_origins = np.repeat(origins[single], nonzero[single])
+            zero_origins = np.repeat(
+                _inherited(equations[single], origins[single], reason), nonzero[single]
+            )
             left, right = current.indices[one[pair]], current.indices[two[pair]]
             opposite = current.data[one[pair]] * current.data[two[pair]] > 0
             representative, sign, dead, why, ties = _components(
@@ -225,6 +227,14 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
             tied[pivots] = np.where(tied[pivots] < 0, origins[used], tied[pivots])
         table = _clean(table @ substitution)
     return Solved(table, np.unique(table.indices), reason, parent, tied)
+
+
+def _inherited(equations: Any, origins: np.ndarray, reason: np.ndarray) -> np.ndarray:
+    """An equation that fixes a label because its other labels are fixed has their reason."""
+    never = np.iinfo(np.int64).max
+    theirs = reason[equations.indices]
+    earliest = np.minimum.reduceat(np.where(theirs >= 0, theirs, never), equations.indptr[:-1])
+    return np.where(earliest < never, earliest, origins)
 
 
 def _clean(matrix: Any) -> Any:

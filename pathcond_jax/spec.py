@@ -210,17 +210,16 @@ def compute_dtype(*dtypes: Any) -> Any:
 
 
 def leaf_path(key_path: Any) -> str:
-    """The name of a leaf, keys joined by ``/``."""
+    """The name of a leaf, keys joined by ``/``; the array of a Flax nnx variable goes by its."""
+    last = key_path[-1] if len(key_path) > 1 else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def layer_path(path: str) -> str:
     """The layer that the leaf at ``path`` belongs to; "" if the tree is flat."""
-    keys = path.split("/")
-    # Flax nnx: the array is the `value` of a variable.
-    if keys[-1] == "value" and len(keys) > 2:
-        keys.pop()
-    return "/".join(keys[:-1])
+    return path.rpartition("/")[0]
 
 
 def no_neuron(spec: ArchSpec) -> str:

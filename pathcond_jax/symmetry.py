@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -148,7 +149,7 @@ def chain_spec(params: PyTree, layers: Sequence[str]) -> ArchSpec:
             f"a chain needs two layers at least, not {list(layers)!r}: it has no neuron to rescale"
         )
     for (one, two), (name, after) in zip(
-        zip(chain, chain[1:], strict=False), zip(layers, layers[1:], strict=False), strict=True
+        itertools.pairwise(chain), itertools.pairwise(layers), strict=True
     ):
         if leaves[one[0]].shape[1] != leaves[two[0]].shape[0]:
             raise SpecError(

@@ -1,0 +1,110 @@
+"""Flax nnx: specs and conditioning of modules that hold their own state."""
+
+from typing import TYPE_CHECKING, Any
+
+from pathcond_jax.rescaling import condition
+from pathcond_jax.solvers import Solution
+from pathcond_jax.spec import ArchSpec, PyTree
+from pathcond_jax.symmetry import trace_spec
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+
+def nnx_variables(model: "nnx.Module") -> dict[str, PyTree]:
+    """The parameter tree that ``nnx_spec`` describes.
+
+    Args:
+      model: a Flax nnx module.
+
+    Returns:
+      ``{"params": ..., "state": ...}``: the states of its ``nnx.Param`` and of its other variables.
+      ``nnx.update(model, variables["params"])`` writes parameters back.
+    """
+    from flax import nnx
+
+    states = nnx.split(model, nnx.Param, ...)[1:]
+    return dict(zip(("params", "state"), states, strict=True))
+
+
+def nnx_spec(model: "nnx.Module", *inputs: PyTree, **options: Any) -> ArchSpec:
+    """The spec of a Flax nnx module.
+
+    Args:
+      model: the module, with arrays or shapes (``nnx.eval_shape``). It is analysed in evaluation
+        mode; in training mode its neurons are the same.
+      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``.
+      **options: of ``trace_spec``.
+
+    Returns:
+      The spec of ``nnx_variables(model)``; the leaf of a layer's kernel is
+      ``"params/conv/kernel"``.
+
+    Raises:
+      SpecError: as ``trace_spec``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from flax import nnx
+      >>> class MLP(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.hidden = nnx.Linear(2, 5, rngs=rngs)
+      ...         self.out = nnx.Linear(5, 1, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return self.out(nnx.relu(self.hidden(x)))
+      >>> pathcond.nnx_spec(MLP(nnx.Rngs(0)), jnp.ones((1, 2))).num_neurons
+      5
+    """
+    from flax import nnx
+
+    still = nnx.clone(model)
+    still.eval()
+    graphdef = nnx.split(still, nnx.Param, ...)[0]
+
+    def apply_fn(variables: PyTree, *inputs: PyTree) -> Any:
+        return nnx.merge(graphdef, variables["params"], variables["state"])(*inputs)
+
+    return trace_spec(apply_fn, nnx_variables(model), *inputs, **options)
+
+
+def condition_nnx(
+    model: "nnx.Module", *inputs: PyTree, spec: ArchSpec | None = None, **options: Any
+) -> Solution:
+    """Moves the parameters of a Flax nnx module to the best representative of its function.
+
+    Args:
+      model: the module; its ``nnx.Param`` variables are updated in place.
+      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; none are needed with ``spec``.
+      spec: ``nnx_spec(model, *inputs)``, to trace only once.
+      **options: of ``condition``.
+
+    Returns:
+      The solution; its status says whether the parameters were finite.
+
+    Raises:
+      SpecError: the network has no neuron to rescale, or ``spec`` is of another network.
+      NotPathLiftableError: the path criterion needs a network that is a sum over paths.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from flax import nnx
+      >>> class MLP(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.hidden = nnx.Linear(2, 5, rngs=rngs)
+      ...         self.out = nnx.Linear(5, 1, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         return self.out(nnx.relu(self.hidden(x)))
+      >>> model, x = MLP(nnx.Rngs(0)), jnp.ones((1, 2))
+      >>> before = model(x)
+      >>> solution = pathcond.condition_nnx(model, x)
+      >>> bool(jnp.allclose(model(x), before, atol=1e-5))
+      True
+    """
+    from flax import nnx
+
+    spec = nnx_spec(model, *inputs) if spec is None else spec
+    conditioned, solution = condition(nnx_variables(model), spec, **options)
+    nnx.update(model, conditioned["params"])
+    return solution
