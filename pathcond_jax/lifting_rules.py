@@ -17,9 +17,11 @@ from pathcond_jax.path_values import (
     Coefficient,
     Gate,
     Kind,
+    NotPathLiftableError,
     Record,
     Signal,
     Value,
+    at,
     call,
     coefficients_of,
     evaluate,
@@ -84,8 +86,18 @@ def _is_zero(value: Value) -> bool:
 
 
 def _no_gates(node: Node, values: Sequence[Value]) -> None:
-    if any(isinstance(value, Gate) for value in values):
+    gates = [value for value in values if isinstance(value, Gate)]
+    _no_integers(node, gates)
+    if gates:
         raise unliftable(node, "mixes paths with values that depend on the input in another way")
+
+
+def _no_integers(node: Node, gates: Sequence[Gate]) -> None:
+    if not all(gate.switch for gate in gates):
+        raise NotPathLiftableError(
+            f"{at(node)} needs floats and gets integers from the network's input, where no path "
+            "begins; give trace_spec floating inputs (their shapes suffice)"
+        )
 
 
 def _common_base(signals: Sequence[Signal]) -> Signal | None:
@@ -170,9 +182,10 @@ def _mul(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
 
 def _gated(node: Node, inputs: list[Value]) -> Value:
     """X · 1[x > 0]: an activation."""
-    switches = [value for value in inputs if isinstance(value, Gate) and value.switch]
+    gates = [value for value in inputs if isinstance(value, Gate)]
+    _no_integers(node, gates)
     signals = signals_of(inputs)
-    if not signals or not switches:
+    if not signals:
         raise unliftable(node, "multiplies values that depend on the input in different ways")
     return signals[0]
 

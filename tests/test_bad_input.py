@@ -92,7 +92,7 @@ class TestClosures:
     def test_nnx_module(self):
         module = NnxMLP(nnx.Rngs(0))
         message = refusal(pathcond.trace_spec, lambda _, x: module(x), nnx.state(module), x)
-        assert_says(message, "closes over its parameters", "'first/kernel/value'", f"{HERE}:")
+        assert_says(message, "closes over its parameters", "'first/kernel", f"{HERE}:")
         assert_says(message, "nnx.merge(graphdef, params)")
 
     def test_changed_before_use(self, params):
@@ -230,6 +230,22 @@ class TestIntegers:
         assert_says(
             message, "no trainable floating-point leaf", "params/Dense_0/bias: int32", "Cast"
         )
+
+    @pytest.mark.parametrize("use", [pathcond.condition, pathcond.gram_diagonal])
+    def test_inputs_of_the_network(self, use):
+        params = {"w": jnp.ones((4, 3)), "v": jnp.ones((3, 2))}
+
+        def apply_fn(params, x):
+            x = x.astype(jnp.float32) / 255
+            return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+        spec = pathcond.trace_spec(apply_fn, params, jnp.ones((2, 4), jnp.uint8))
+        message = refusal(use, params, spec, error=pathcond.NotPathLiftableError)
+        line = apply_fn.__code__.co_firstlineno + 2
+        assert_says(message, "dot_general", f"{HERE}:{line} (", "needs floats", "integers")
+        assert_says(message, "give trace_spec floating inputs")
+        shape = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+        use(params, pathcond.trace_spec(apply_fn, params, shape))
 
     def test_declared_trainable(self, params):
         tree = {**params, "step": jnp.zeros((), jnp.int32)}
