@@ -124,9 +124,7 @@ def flatten(closed: Any) -> Graph:
     builder = _Builder()
     jaxpr = getattr(closed, "jaxpr", closed)
     inputs = tuple(builder.new(var.aval) for var in jaxpr.invars)
-    constants = [builder.constant(value) for value in getattr(closed, "consts", ())]
-    builder.captured.update(k for k in constants if builder.avals[k].shape)
-    outputs = tuple(builder.run(jaxpr, constants, list(inputs)))
+    outputs = tuple(builder.run(jaxpr, builder.closed_over(closed), list(inputs)))
     return builder.graph(inputs, outputs)
 
 
@@ -156,6 +154,11 @@ class _Builder:
         self.constants[number] = value
         return number
 
+    def closed_over(self, closed: Any) -> list[int]:
+        numbers = [self.constant(value) for value in getattr(closed, "consts", ())]
+        self.captured.update(k for k in numbers if self.avals[k].shape)
+        return numbers
+
     def run(
         self,
         jaxpr: Any,
@@ -177,7 +180,7 @@ class _Builder:
                 line, _ = _origin(eqn, caller)
                 name = _public_name(str(eqn.params.get("name", "")))
                 called = (line, name or (caller[1] if caller else ""))
-                consts = [self.constant(value) for value in getattr(inner, "consts", ())]
+                consts = self.closed_over(inner)
                 results = self.run(getattr(inner, "jaxpr", inner), consts, ids, called)
             else:
                 results = self.operation(eqn, ids, caller)
@@ -226,7 +229,8 @@ class _Builder:
 @functools.cache
 def _by_tracing() -> dict[str, Any]:
     """Primitives that ``jax.extend`` does not export, taken from programs that use them."""
-    x = jnp.zeros(2)
+    # An array would start the backend at import, before jax.distributed.initialize.
+    x = jax.ShapeDtypeStruct((2,), np.float32)
     programs = (
         lambda x: jax.lax.split(x, (1, 1)),
         jax.jit(lambda x: x + 1),

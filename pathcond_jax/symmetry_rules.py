@@ -123,7 +123,9 @@ def _along_axis(key: str) -> Rule:
 
 
 def _top_k(scope: Scope, scale: Scale) -> list[Terms]:
-    return [scope.along(scale.terms, (len(scope.shape(0)) - 1,)), ()]
+    ndim = len(scope.shape(0))
+    # The oldest versions of JAX have no axis: it is the last.
+    return [scope.along(scale.terms, (scope.params.get("axis", -1) % ndim,)), ()]
 
 
 def _fourier(scope: Scope, scale: Scale) -> list[Terms]:
