@@ -1,9 +1,9 @@
 """Block arithmetic: sums over the reduced entries of a criterion, in linear and in log form.
 
 A criterion is reduced to (batch, rows, cols) arrays of masses whose entries feel the log-scales
-of their row plus those of their column. Here such arrays are stacked by shape, and B z, Bᵀ w and
-the row and column sums of ``mass · exp(s (Bz))`` become a gather, a segment sum and
-matrix-vector products. Masses are kept equilibrated, in [0, 1] beside the logarithms of a factor
+of their row plus those of their column. Here such arrays are stacked by shape, all their rows and
+columns are numbered as *positions*, and B z, Bᵀ w and the sums of ``mass · exp(s (Bz))`` over
+rows and columns become a gather, a segment sum and matrix-vector products. Masses are kept equilibrated, in [0, 1] beside the logarithms of a factor
 per row and per column, so that networks of any depth stay inside float32.
 """
 
@@ -13,12 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
 
-from pathcond_jax.criteria import Block, LogSum, layout
+from pathcond_jax.reduction import Block, LogSum, layout
 from pathcond_jax.spec import ArchSpec
-
-Sides = list[tuple[jax.Array, jax.Array]]
 
 
 class Piece(NamedTuple):
@@ -49,8 +46,8 @@ class Table(NamedTuple):
       starts: where each group begins in the flat vector of neurons; ends with H.
       stacks: pieces of one (rows, cols) shape, concatenated along the batch axis.
       shapes: the shape of each stack.
-      slots: integer (slots, positions) into ``[z, −z, 0]``; the positions are the rows of the
-        first stack, its columns, the rows of the second stack, and so on.
+      slots: integer (slots, positions) into ``[z, −z, 0]``, whose sum is what a position adds
+        to (Bz). Positions are the rows of the first stack, its columns, the rows of the second.
     """
 
     size: int
@@ -59,137 +56,178 @@ class Table(NamedTuple):
     shapes: tuple[tuple[int, int, int], ...]
     slots: np.ndarray
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The pieces of all stacks in order."""
+        return tuple(piece for stack in self.stacks for piece in stack)
+
+    @property
+    def is_row(self) -> np.ndarray:
+        """(positions,) booleans."""
+        sizes = [batch * n for batch, *sides in self.shapes for n in sides]
+        return np.repeat(np.arange(len(sizes)) % 2 == 0, sizes)
+
 
 class Masses(NamedTuple):
-    """The masses of one term: ``values · exp(row_logs + col_logs)``, one array per stack.
+    """The masses of one term: ``values · exp(logs of the row + logs of the column)``.
 
     Attributes:
-      values: (batch, rows, cols), in [0, 1].
-      row_logs: (batch, rows); −inf where a row has no mass.
-      col_logs: (batch, cols); −inf where a column has no mass.
+      values: one (batch, rows, cols) array per stack, in [0, 1].
+      logs: (positions,), −inf where a row or column has no mass.
     """
 
     values: tuple[jax.Array, ...]
-    row_logs: tuple[jax.Array, ...]
-    col_logs: tuple[jax.Array, ...]
+    logs: jax.Array
 
 
 @functools.lru_cache(maxsize=64)
-def table(spec: ArchSpec, stacked: bool = True) -> Table:
-    """The arrangement of the blocks of ``spec``; unstacked, each piece is its own stack."""
-    blocks, sizes = layout(spec).blocks, layout(spec).sizes
-    starts = tuple(int(n) for n in np.cumsum([0, *sizes]))
-    pieces = [p for k, block in enumerate(blocks) for p in _pieces(k, block, starts)]
-    grouped: dict[object, list[Piece]] = {}
-    for number, piece in enumerate(pieces):
-        grouped.setdefault(piece.shape[1:] if stacked else number, []).append(piece)
-    stacks = tuple(map(tuple, grouped.values()))
-    shapes = tuple(
-        (sum(piece.shape[0] for piece in stack), *stack[0].shape[1:]) for stack in stacks
-    )
-    depth = max(a.shape[0] for piece in pieces for a in (piece.rows, piece.cols))
+def table(spec: ArchSpec) -> Table:
+    """The arrangement of the blocks of ``spec``."""
+    starts = tuple(int(n) for n in np.cumsum([0, *layout(spec).sizes]))
+    pieces = [p for k, b in enumerate(layout(spec).blocks) for p in _pieces(k, b, starts)]
+    depth = max(slots.shape[0] for piece in pieces for slots in (piece.rows, piece.cols))
+    stacks: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in pieces:
+        rows, cols = (_padded(slots, depth, 2 * starts[-1]) for slots in (piece.rows, piece.cols))
+        stacks.setdefault(piece.shape[1:], []).append(piece._replace(rows=rows, cols=cols))
     sides = [
-        np.concatenate([_padded(getattr(piece, side), depth, 2 * starts[-1]) for piece in stack], 1)
-        for stack in stacks
+        [getattr(piece, side).reshape(depth, -1) for piece in stack]
+        for stack in stacks.values()
         for side in ("rows", "cols")
     ]
-    slots = np.concatenate([side.reshape(depth, -1) for side in sides], 1)
-    return Table(starts[-1], starts, stacks, shapes, slots)
+    return Table(
+        size=starts[-1],
+        starts=starts,
+        stacks=tuple(map(tuple, stacks.values())),
+        shapes=tuple((sum(p.shape[0] for p in stack), *key) for key, stack in stacks.items()),
+        # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
+        slots=np.concatenate([slots for side in sides for slots in side], 1).astype(np.int32),
+    )
 
 
-def equilibrate(term: LogSum, table: Table, dtype: jnp.dtype) -> Masses:
-    """Stacks the masses of a term and divides out the largest of each row, then column."""
-    stacks = [_equilibrated(_stack(term, stack, dtype)) for stack in table.stacks]
-    return Masses(*(tuple(parts) for parts in zip(*stacks, strict=True)))
+def equilibrate(term: LogSum, table: Table, dtype: jnp.dtype, valid: jax.Array) -> Masses:
+    """Stacks the masses of a term, all zero unless ``valid``, and divides out the largest of
+    each row, then of each column.
+    """
+    stacks = [_equilibrated(*_stack(term, stack, dtype), valid) for stack in table.stacks]
+    logs = [(rows, cols) for _, rows, cols in stacks]
+    return Masses(tuple(values for values, _, _ in stacks), join(logs))
 
 
-def spread(table: Table, z: jax.Array) -> Sides:
-    """(Bz) contributed by the rows and by the columns of each stack."""
-    extended = jnp.concatenate([z, -z, jnp.zeros((1,), z.dtype)])
-    return split(table, extended[table.slots].sum(0))
+def signed(z: jax.Array) -> jax.Array:
+    """``[z, −z, 0]``, which slots index."""
+    return jnp.concatenate([z, -z, jnp.zeros((1,), z.dtype)])
 
 
-def collect(table: Table, sides: Sides) -> tuple[jax.Array, jax.Array]:
-    """Sums over the outgoing and over the incoming positions of each neuron, two (H,) arrays."""
-    flat = jnp.tile(join(sides), table.slots.shape[0])
+def spread(table: Table, z: jax.Array) -> jax.Array:
+    """What each position adds to (Bz)."""
+    return signed(z)[table.slots].sum(0)
+
+
+def spread_any(table: Table, chosen: jax.Array) -> jax.Array:
+    """Whether each position meets any of the chosen neurons; ``chosen`` is boolean (H,)."""
+    extended = jnp.concatenate([chosen, chosen, jnp.zeros((1,), bool)])
+    return extended[table.slots].any(0)
+
+
+def groups_of(slots: np.ndarray, table: Table) -> np.ndarray:
+    """The groups whose neurons are among positions in ``[z, −z, 0]``."""
+    neurons = slots[slots < 2 * table.size] % table.size
+    return np.unique(np.searchsorted(table.starts, neurons, side="right") - 1)
+
+
+def collect(table: Table, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over the positions that leave and over those that enter each neuron: two of (H,)."""
+    flat = jnp.tile(values, table.slots.shape[0])
     sums = jax.ops.segment_sum(flat, table.slots.reshape(-1), 2 * table.size + 1)
     return sums[: table.size], sums[table.size : -1]
 
 
-def collect_log(table: Table, sides: Sides) -> tuple[jax.Array, jax.Array]:
-    """The logarithms of :func:`collect`, of sides that hold logarithms."""
-    flat = jnp.tile(join(sides), table.slots.shape[0])
-    logs = segment_logsumexp(flat, table.slots.reshape(-1), 2 * table.size + 1)
-    return logs[: table.size], logs[table.size : -1]
+def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logarithms of :func:`collect` of exp(logs)."""
+    flat = jnp.tile(logs, table.slots.shape[0])
+    sums = segment_logsumexp(flat, table.slots.reshape(-1), 2 * table.size + 1)
+    return sums[: table.size], sums[table.size : -1]
 
 
 def segment_logsumexp(logs: jax.Array, segments: np.ndarray, count: int) -> jax.Array:
-    """log Σ exp over each of ``count`` segments; −inf where there is nothing."""
-    top = jax.ops.segment_max(logs, segments, count)
-    top = jnp.where(jnp.isfinite(top), top, 0)
+    """Log Σ exp over each of ``count`` segments; −inf where there is nothing."""
+    top = _finite(jax.ops.segment_max(logs, segments, count))
     return jnp.log(jax.ops.segment_sum(jnp.exp(logs - top[segments]), segments, count)) + top
 
 
-def join(sides: Sides) -> jax.Array:
-    """One value per position."""
+def logsumexp(logs: jax.Array, axis: int | None = None) -> jax.Array:
+    """Log Σ exp over an axis, by default over all entries; −inf where there is nothing."""
+    # That of jax.scipy handles signs and +inf as well, and takes three times as long to compile.
+    top = _finite(jnp.max(logs, axis=axis, keepdims=True))
+    return jnp.log(jnp.exp(logs - top).sum(axis)) + jnp.squeeze(top, axis)
+
+
+def join(sides: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """One value per position, from (batch, rows) and (batch, cols) arrays per stack."""
     return jnp.concatenate([side.reshape(-1) for pair in sides for side in pair])
 
 
-def split(table: Table, flat: jax.Array) -> Sides:
+def split(table: Table, values: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """The inverse of :func:`join`."""
     sizes = [batch * n for batch, *sides in table.shapes for n in sides]
-    parts = iter(jnp.split(flat, np.cumsum(sizes)[:-1]))
+    parts = iter(jnp.split(values, np.cumsum(sizes)[:-1]))
     return [
         (next(parts).reshape(batch, rows), next(parts).reshape(batch, cols))
         for batch, rows, cols in table.shapes
     ]
 
 
-def exponents(masses: Masses, exponent: jax.Array, sides: Sides) -> Sides:
-    """Logarithms (x, y) per stack such that the masses at z are ``values · exp(x + y)``."""
-    return [
-        (row_logs + exponent * a, col_logs + exponent * b)
-        for row_logs, col_logs, (a, b) in zip(masses.row_logs, masses.col_logs, sides, strict=True)
-    ]
+def product(values: jax.Array, vectors: jax.Array, side: int) -> jax.Array:
+    """``values @ vectors`` for each batch entry, transposed for side 1."""
+    return jnp.einsum(("brc,bc->br", "brc,br->bc")[side], values, vectors)
 
 
-def log_sums(values: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log of the row and column sums of ``values · exp(x + y)``, by matrix-vector products."""
-    return x + _log_product("brc,bc->br", values, y), y + _log_product("brc,br->bc", values, x)
+def log_product(values: jax.Array, logs: jax.Array, side: int) -> jax.Array:
+    """Log of :func:`product` with exp(logs)."""
+    top = _finite(jnp.max(logs, axis=1, keepdims=True))
+    return jnp.log(product(values, jnp.exp(logs - top), side)) + top
 
 
-def all_log_sums(masses: Masses, sides: Sides) -> Sides:
-    """:func:`log_sums` of every stack."""
-    return [log_sums(values, *xy) for values, xy in zip(masses.values, sides, strict=True)]
+def products(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> jax.Array:
+    """For each position, the sum of its weights times the value of the other position."""
+    sides = zip(weights, split(table, values), strict=True)
+    return join([(product(w, b, 0), product(w, a, 1)) for w, (a, b) in sides])
 
 
-def log_total(sides: Sides) -> jax.Array:
-    """log of the whole sum, from the logarithms of row sums."""
-    return logsumexp(jnp.concatenate([rows.reshape(-1) for rows, _ in sides]))
+def quadratic(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> jax.Array:
+    """The sum over all entries of weight times the values of both positions."""
+    sides = zip(weights, split(table, values), strict=True)
+    return jnp.stack([(a * product(w, b, 0)).sum() for w, (a, b) in sides]).sum()
 
 
-def weights(masses: Masses, sides: Sides, total: jax.Array) -> tuple[jax.Array, ...]:
-    """The masses divided by exp(total)."""
+def log_sums(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
+    """Log of the sum over each position of ``values · exp(exponents of both positions)``."""
+    sides = zip(masses.values, split(table, exponents), strict=True)
+    return exponents + join([(log_product(v, y, 0), log_product(v, x, 1)) for v, (x, y) in sides])
+
+
+def log_total(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
+    """Log of the sum over all entries of ``values · exp(exponents of both positions)``."""
+    sides = zip(masses.values, split(table, exponents), strict=True)
+    rows = [x + log_product(v, y, 0) for v, (x, y) in sides]
+    return logsumexp(jnp.concatenate([row.reshape(-1) for row in rows]))
+
+
+def normalized(
+    masses: Masses, table: Table, exponents: jax.Array, total: jax.Array
+) -> tuple[jax.Array, ...]:
+    """``values · exp(exponents of both positions − total)``."""
     # A quotient is at most 1; the bound only keeps rounding and lost sums from overflowing.
     limit = 0.9 * float(np.log(jnp.finfo(total.dtype).max))
     return tuple(
         values * jnp.exp(jnp.minimum(x[:, :, None] + (y[:, None, :] - total), limit))
-        for values, (x, y) in zip(masses.values, sides, strict=True)
+        for values, (x, y) in zip(masses.values, split(table, exponents), strict=True)
     )
 
 
-def products(weights: tuple[jax.Array, ...], sides: Sides) -> Sides:
-    """(W b, Wᵀ a) for each stack."""
-    return [
-        (jnp.einsum("brc,bc->br", w, b), jnp.einsum("brc,br->bc", w, a))
-        for w, (a, b) in zip(weights, sides, strict=True)
-    ]
-
-
-def _log_product(pattern: str, values: jax.Array, logs: jax.Array) -> jax.Array:
-    top = jnp.max(logs, axis=1, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    return jnp.log(jnp.einsum(pattern, values, jnp.exp(logs - top))) + top
+def _finite(top: jax.Array) -> jax.Array:
+    return jnp.where(top > -jnp.inf, top, 0)
 
 
 def _stack(term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -205,8 +243,10 @@ def _stack(term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype) -> tuple[ja
     return (jnp.concatenate(parts), jnp.concatenate(logs)) if len(parts) > 1 else (parts[0], logs[0])
 
 
-def _equilibrated(stack: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    values, logs = stack
+def _equilibrated(
+    values: jax.Array, logs: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    values, logs = jnp.where(valid, values, 0), jnp.where(valid, logs, 0)
     rows = values.max(2, keepdims=True)
     values = values / jnp.where(rows > 0, rows, 1)
     cols = values.max(1, keepdims=True)

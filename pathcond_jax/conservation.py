@@ -12,6 +12,7 @@ References:
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,12 @@ import numpy as np
 import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
-from pathcond_jax.spec import (
-    ArchSpec,
-    Incidence,
-    PyTree,
-    compute_dtype,
-    match_leaves,
-)
+from pathcond_jax import blocks
+from pathcond_jax.criteria import norm
+from pathcond_jax.reduction import LogSum, Objective, Smooth, reduce_masses
+from pathcond_jax.rescaling import rescale
+from pathcond_jax.solvers import Solution, solve
+from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, compute_dtype, match_leaves
 
 _MOST_ROUNDS = 10
 
@@ -68,6 +68,54 @@ def conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...
         )
         quantities.append(out - into)
     return tuple(quantities)
+
+
+def rescale_to(
+    params: PyTree, spec: ArchSpec, target: tuple[jax.Array, ...], **options: Any
+) -> tuple[PyTree, Solution]:
+    """Rescales so that every neuron has a given conserved quantity; ENorm is the target 0.
+
+    Where no weight is zero there is exactly one such point on the orbit: the minimum of the
+    strictly convex ``½ Σ θ_i² e^{−2(Bz)_i} + ⟨target, z⟩``. Training from it keeps the quantities.
+
+    Args:
+      params: the parameters the spec was built for.
+      spec: the architecture.
+      target: one array ``(group.size,)`` per group, like ``conserved_quantities``.
+      **options: of :func:`pathcond_jax.solve`.
+
+    Returns:
+      The rescaled parameters, dtypes kept, and the solution. Where weights are zero a target may be
+      out of reach, which the solution's status tells.
+
+    Raises:
+      SpecError: ``params`` or ``target`` does not fit the spec.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[1.0]])}, "b": {"w": jnp.array([[6.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> moved, _ = pathcond.rescale_to(params, spec, (jnp.array([5.0]),))
+      >>> jnp.round(moved["a"]["w"], 3).tolist(), jnp.round(moved["b"]["w"], 3).tolist()
+      ([[2.0]], [[3.0]])
+    """
+    shapes, wanted = [np.shape(t) for t in target], [(group.size,) for group in spec.groups]
+    if shapes != wanted:
+        raise SpecError(f"target has shapes {shapes}, the groups of the spec {wanted}")
+    balanced = norm().solve(params, spec)
+    values = [jnp.asarray(value) for value in match_leaves(spec, params)]
+    squares = [
+        jnp.square(value.astype(compute_dtype(value.dtype))) if leaf.trainable else value
+        for leaf, value in zip(spec.leaves, values, strict=True)
+    ]
+    masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, squares))
+    energy = jnp.exp(balanced.objective / spec.num_parameters)
+    function = jax.tree_util.Partial(_tilted_energy(spec), masses, energy)
+    goal = Objective((), tuple(-jnp.asarray(part) for part in target), (Smooth(energy, function),))
+    options = {"max_steps": 200, "initial": balanced.log_scales, **options}
+    solution = solve(goal, spec, **options)
+    return rescale(params, spec, solution.log_scales), solution
 
 
 def num_conservation_laws(
@@ -121,6 +169,24 @@ def num_conservation_laws(
             break
         rank = larger
     return flat.size - rank
+
+
+@functools.lru_cache(maxsize=64)
+def _tilted_energy(spec: ArchSpec) -> Callable[..., jax.Array]:
+    """``½ Σ θ² e^{−2Bz} / scale`` as a function of reduced squares, scale and log-scales."""
+
+    def energy(
+        masses: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+        scale: jax.Array,
+        log_scales: tuple[jax.Array, ...],
+    ) -> jax.Array:
+        table, z = blocks.table(spec), jnp.concatenate(log_scales)
+        stacked = blocks.equilibrate(LogSum(1.0, -2.0, *masses), table, z.dtype, jnp.array(True))
+        exponents = stacked.logs - 2 * blocks.spread(table, z)
+        shares = blocks.normalized(stacked, table, exponents, jnp.log(scale).astype(z.dtype))
+        return 0.5 * functools.reduce(jnp.add, [share.sum() for share in shares])
+
+    return energy
 
 
 def _energies(value: jax.Array, incidence: Incidence, size: int) -> jax.Array:

@@ -1,334 +1,455 @@
-"""What to balance: convex functions of the log-scales, reduced to neuron × neuron matrices.
+"""What to balance. A criterion chooses one of the parameters that compute the same function.
 
-Every criterion is a sum ``Σ_k w_k log Σ_i a_i^(k) exp(s_k (Bz)_i) − ⟨b, z⟩`` over the trainable
-entries i. Entries that share their row of B are summed once, before any solver runs.
+``condition(params, spec, criterion=...)`` takes a name of ``CRITERIA`` or a criterion. Those that
+minimize a function of the log-scales z add and scale, ``path() + 0.3 * norm()``, and one solver
+minimizes any sum. With P trainable entries and (Bz)_i the log-scale that leaves entry i less the
+one that enters it:
+
+========================  =========================================================================
+``path()``                P log Σ g e^{2Bz} − 2 Σ Bz with g the diagonal of the path-lifting Gram
+                          matrix: P times log(arithmetic / geometric mean). Before training a ReLU
+                          network by gradient descent (Lebeurrier et al., 2026).
+``norm(p)``               2P log ‖θ'‖_p: incoming and outgoing norms of each neuron agree. p = 2 is
+                          ENorm (Stock et al., 2019), or weight balancing. For small weights, and
+                          for networks without path lifting.
+``equalize()``            max |in| = max |out| for each neuron. Before quantizing weights with one
+                          range per layer (Nagel et al., 2019).
+``fisher(...)``           as ``path()``, g being sums of squared gradients. For networks that are no
+                          sum over paths, and to condition on the data at hand.
+``steepest(grads, r)``    −P log ‖∇L‖² where |z| ≤ r: a local minimum, at a vertex. To take larger
+                          steps for a while (Zhao et al., 2022; Mishkin et al., 2023).
+``activation(A, α)``      A_h^α = W_h^{1−α}, the ranges of activations and of the weights that read
+                          them. Before quantizing both, behind normalizations (Xiao et al., 2023).
+``weighted(a, s)``        P log Σ a e^{s Bz} − s Σ Bz for any nonnegative weights a of the entries.
+``convex(f)``             f(z), any smooth convex function written in JAX.
+========================  =========================================================================
+
+References:
+  Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
+  Stock, Graham, Gribonval, Jégou, *Equi-normalization of neural networks*, ICLR 2019.
+  Nagel, van Baalen, Blankevoort, Welling, *Data-free quantization through weight equalization and
+  bias correction*, ICCV 2019.
+  Zhao, Dehmamy, Walters, Yu, *Symmetry teleportation for accelerated optimization*, NeurIPS 2022.
+  Mishkin, Bietti, Gower, *Level set teleportation*, 2023.
+  Xiao, Lin, Seznec, Wu, Demouth, Han, *SmoothQuant*, ICML 2023.
 """
 
-import functools
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from pathcond_jax import reduction, roles
+from pathcond_jax.criterion import Balance, Criterion, RangeBalance
 from pathcond_jax.lifting import ScaledDiagonal, scaled_gram_diagonal
-from pathcond_jax.spec import (
-    ArchSpec,
-    Incidence,
-    Leaf,
-    PyTree,
-    SpecError,
-    compute_dtype,
-    match_leaves,
-)
+from pathcond_jax.reduction import LogSum, Objective, Smooth
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError, compute_dtype, match_leaves
 
 
-class Link(NamedTuple):
-    """The neurons of one group along one axis of a block.
-
-    Attributes:
-      group: position in ``spec.groups``.
-      sign: −1 where the axis enters the neurons, +1 where it leaves them (the entry of B).
-      index: integer array (batch, size), the neuron of each slice or -1; None: slice k is neuron k.
-    """
-
-    group: int
-    sign: int
-    index: np.ndarray | None
-
-
-class Axis(NamedTuple):
-    """One side of a block: ``size`` slices per batch entry and the neurons they belong to."""
-
-    size: int
-    links: tuple[Link, ...]
-
-
-class Source(NamedTuple):
-    """How one leaf is summed into a block: its axes by role, then repeated slices."""
-
-    leaf: int
-    batch: tuple[int, ...]
-    rows: tuple[int, ...]
-    cols: tuple[int, ...]
-    row_segments: np.ndarray | None
-    col_segments: np.ndarray | None
-
-
-class Block(NamedTuple):
-    """A (batch, rows, cols) array of masses; (Bz) of an entry is its row's plus its column's."""
-
-    batch: int
-    rows: Axis
-    cols: Axis
-    sources: tuple[Source, ...]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape of the block's array."""
-        return (self.batch, self.rows.size, self.cols.size)
-
-
-class Layout(NamedTuple):
-    """The static shape of every criterion over one spec.
-
-    Attributes:
-      sizes: the size of each group.
-      blocks: the reduced arrays.
-      surplus: per group, outgoing minus incoming entries of each neuron: the column sums of B.
-    """
-
-    sizes: tuple[int, ...]
-    blocks: tuple[Block, ...]
-    surplus: tuple[np.ndarray, ...]
-
-
-class LogSum(NamedTuple):
-    """``weight · log Σ_i a_i exp(exponent · (Bz)_i)``.
-
-    Attributes:
-      weight: w.
-      exponent: s.
-      masses: the reduced a, one array per block of the layout.
-      log_scales: one scalar per block; the true masses are ``masses · exp(log_scales)``.
-    """
-
-    weight: float
-    exponent: float
-    masses: tuple[jax.Array, ...]
-    log_scales: tuple[jax.Array, ...]
-
-
-class Objective(NamedTuple):
-    """A sum of :class:`LogSum` terms minus ``Σ_g ⟨linear_g, z_g⟩``."""
-
-    terms: tuple[LogSum, ...]
-    linear: tuple[np.ndarray, ...]
-
-
-def path_objective(spec: ArchSpec, gram: PyTree | ScaledDiagonal) -> Objective:
-    """The log-det Bregman criterion ``p log Σ g e^{2Bz} − Σ 2(Bz)``.
-
-    Args:
-      spec: the architecture.
-      gram: the Gram diagonal g, like the parameters; or its scaled form.
+def path() -> Criterion:
+    """Equal diagonal entries of the path-lifting Gram matrix; the default.
 
     Returns:
-      The objective, reduced.
+      The criterion.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> one, _ = pathcond.condition(params, spec, criterion=pathcond.criteria.path())
+      >>> two, _ = pathcond.condition(params, spec, criterion="path")
+      >>> bool((one["a"]["w"] == two["a"]["w"]).all())
+      True
 
     References:
       Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
     """
-    masses, log_scales = reduce_masses(spec, gram)
-    term = LogSum(float(spec.num_parameters), 2.0, masses, log_scales)
-    return Objective((term,), tuple(2.0 * s for s in layout(spec).surplus))
+
+    def objective(params: PyTree, spec: ArchSpec) -> Objective:
+        return reduction.path_objective(spec, scaled_gram_diagonal(params, spec))
+
+    return Balance("path", objective)
 
 
-def objective(
-    params: PyTree, spec: ArchSpec, criterion: str = "path", *, norm_weight: float = 0.0
-) -> Objective:
-    """The objective of a named criterion at ``params``.
+def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> Criterion:
+    """The smallest p-norm of all parameters on the orbit; p = 2 is ENorm, and weight balancing.
+
+    At the optimum the incoming and the outgoing p-norm of every neuron agree.
+
+    Args:
+      p: the power, positive.
+      depth_penalty: c: entries of depth k count ``c^{−pk}``, so that at the optimum the outgoing
+        norm of a neuron is c times the incoming one. Depths follow the forward order of the groups.
+      biases: whether biases count. They are rescaled anyway.
+
+    Returns:
+      The criterion, ``2P log ‖θ'‖`` with P trainable entries.
 
     Raises:
-      SpecError: the criterion is unknown, or ``params`` does not fit the spec.
+      SpecError: p or the penalty is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[9.0]])}, "b": {"w": jnp.array([[1.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> balanced, _ = pathcond.condition(params, spec, criterion=pathcond.criteria.norm())
+      >>> jnp.round(balanced["a"]["w"], 4).tolist(), jnp.round(balanced["b"]["w"], 4).tolist()
+      ([[3.0]], [[3.0]])
+
+    References:
+      Stock, Graham, Gribonval, Jégou, *Equi-normalization of neural networks*, ICLR 2019.
     """
-    if criterion not in CRITERIA:
-        raise SpecError(f"no criterion {criterion!r}; there are {', '.join(map(repr, CRITERIA))}")
-    goal = CRITERIA[criterion](params, spec)
-    goal = _with_norm(goal, params, spec, norm_weight) if norm_weight else goal
-    return _poisoned_unless_finite(goal, spec, params)
+    for what, value in (("p", p), ("depth_penalty", depth_penalty)):
+        if not value > 0:
+            raise SpecError(f"{what} is {value}; it must be positive")
+
+    def objective(params: PyTree, spec: ArchSpec) -> Objective:
+        values, depths = match_leaves(spec, params), roles.depths(spec)
+        ignored = frozenset() if biases else roles.biases(spec)
+        mantissas, exponents = [], []
+        for leaf, value in zip(spec.leaves, values, strict=True):
+            counts = leaf.trainable and leaf.path not in ignored
+            mantissa, exponent = _power(
+                value if counts else np.zeros(leaf.shape, np.float32),
+                p,
+                -p * depths[leaf.path] * math.log2(depth_penalty),
+            )
+            mantissas.append(mantissa)
+            exponents.append(exponent)
+        trees = (jax.tree.unflatten(spec.treedef, part) for part in (mantissas, exponents))
+        masses = reduction.reduce_masses(spec, ScaledDiagonal(*trees))
+        term = LogSum(2.0 / p * spec.num_parameters, -float(p), *masses)
+        return Objective((term,), _nothing(spec))
+
+    return Balance(f"norm({p:g})", objective)
 
 
-def _path(params: PyTree, spec: ArchSpec) -> Objective:
-    return path_objective(spec, scaled_gram_diagonal(params, spec))
+def equalize() -> Criterion:
+    """Equal ranges: the largest incoming and the largest outgoing weight of each neuron agree.
+
+    The limit p → ∞ of ``norm(p)``, solved as such: not a minimum but a fixed point, found by sweeps
+    over the groups. In a triple with a depthwise convolution all three ranges agree. Biases are
+    rescaled but do not count.
+
+    Returns:
+      The criterion. Its ``objective`` is the largest |log(out/in)|/2 that is left, and its
+      ``gradient_norm`` the Euclidean norm of these numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[8.0], [1.0]])}, "b": {"w": jnp.array([[0.5, 0.1]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> equal, _ = pathcond.condition(params, spec, criterion="equalize")
+      >>> float(equal["a"]["w"].max()), float(equal["b"]["w"].max())
+      (2.0, 2.0)
+
+    References:
+      Nagel, van Baalen, Blankevoort, Welling, *Data-free quantization through weight equalization
+      and bias correction*, ICCV 2019.
+    """
+    return RangeBalance("equalize")
 
 
-CRITERIA = {"path": _path}
+def fisher(source: Callable[[PyTree], PyTree] | PyTree, *, damping: float = 1e-4) -> Criterion:
+    """The path criterion with squared gradients in place of the Gram diagonal.
+
+    Args:
+      source: a function from parameters to gradients, each with any axes before the parameter's
+        own (examples, outputs), over which squares are summed; or second moments, a tree like the
+        parameters; or the state of an optax optimizer that has a tree ``nu`` of them, such as Adam.
+      damping: added to every entry, which keeps neurons without gradient in place.
+
+    Returns:
+      The criterion, in the units of ``path()``.
+
+    Raises:
+      SpecError: when it is used, if the source fits none of these.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> jacobian = jax.jacrev(lambda params: spec.apply_fn(params, jnp.ones((3, 1))))
+      >>> moved, _ = pathcond.condition(params, spec, criterion=pathcond.criteria.fisher(jacobian))
+      >>> jnp.round(moved["a"]["w"], 2).tolist()
+      [[4.0, 4.0]]
+    """
+
+    def objective(params: PyTree, spec: ArchSpec) -> Objective:
+        values = match_leaves(spec, params)
+        moments = _second_moments(source, params, spec)
+        damped = [
+            jnp.asarray(moment) + jnp.asarray(damping, compute_dtype(jnp.result_type(moment)))
+            if leaf.trainable
+            else value
+            for leaf, value, moment in zip(spec.leaves, values, moments, strict=True)
+        ]
+        return reduction.path_objective(spec, jax.tree.unflatten(spec.treedef, damped))
+
+    return Balance("fisher", objective)
 
 
-def _with_norm(goal: Objective, params: PyTree, spec: ArchSpec, weight: float) -> Objective:
-    """Adds weight · p · log Σ θ² e^{−2Bz}, which no rescaling of ``params`` changes."""
-    squares = jax.tree.map(lambda x: jnp.square(x.astype(compute_dtype(x.dtype))), params)
-    term = LogSum(weight * spec.num_parameters, -2.0, *reduce_masses(spec, squares))
-    return goal._replace(terms=(*goal.terms, term))
+def steepest(grads: PyTree, radius: float) -> Criterion:
+    """Teleportation: makes the gradient large without changing the loss.
+
+    ``‖∇L‖² = Σ (∂L/∂θ_i)² e^{2(Bz)_i}`` is convex in z, so its maximum over the box is at a vertex.
+    Each step goes to the vertex that is best for the tangent at the last one, and increases it; the
+    result is a local maximum. In a sum, the other criteria stay convex and are minimized with it.
+
+    Args:
+      grads: the gradient of the loss, a tree like the parameters.
+      radius: of the box |z| ≤ radius, without which there is no maximum.
+
+    Returns:
+      The criterion, ``−P log ‖∇L‖²`` with P trainable entries.
+
+    Raises:
+      SpecError: the radius is not positive.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[1.0]])}, "b": {"w": jnp.array([[2.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> grads = {"a": {"w": jnp.array([[2.0]])}, "b": {"w": jnp.array([[1.0]])}}
+      >>> criterion = pathcond.criteria.steepest(grads, radius=0.5)
+      >>> [z.tolist() for z in pathcond.condition(params, spec, criterion)[1].log_scales]
+      [[-0.5]]
+
+    References:
+      Zhao, Dehmamy, Walters, Yu, *Symmetry teleportation for accelerated optimization*, NeurIPS
+      2022. Mishkin, Bietti, Gower, *Level set teleportation*, 2023.
+    """
+    if not radius > 0:
+        raise SpecError(f"radius is {radius}; it must be positive")
+
+    def objective(params: PyTree, spec: ArchSpec) -> Objective:
+        del params
+        masses = reduction.reduce_masses(spec, _squared(grads, spec, "grads"))
+        term = LogSum(float(spec.num_parameters), 2.0, *masses)
+        return Objective((), _nothing(spec), concave=(term,), limit=radius)
+
+    return Balance("steepest", objective)
 
 
-def _poisoned_unless_finite(goal: Objective, spec: ArchSpec, params: PyTree) -> Objective:
-    """A parameter that is not finite makes every mass NaN, which solvers report."""
-    trained = [v for v, leaf in zip(match_leaves(spec, params), spec.leaves, strict=True) if leaf.trainable]
-    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(jnp.asarray(v)).all() for v in trained])
-    first, *rest = goal.terms
-    masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in first.masses)
-    return goal._replace(terms=(first._replace(masses=masses), *rest))
+def activation(statistics: Mapping[str, Any] | Sequence[Any], alpha: float = 0.5) -> Criterion:
+    """Moves the difficulty of quantization from activations to the weights that read them.
+
+    With A_h the largest activation of neuron h and W_h the largest weight that leaves it, scales
+    ``λ_h = W_h^{1−α} / A_h^α``, so that A_h^α = W_h^{1−α} afterwards. Meant for the channels
+    between a normalization and the layers that read it, whose weights of the other side stay as
+    they are; where both sides move it is solved jointly.
+
+    Args:
+      statistics: largest absolute activations of the neurons on calibration data: one array
+        ``(group.size,)`` per group of the spec with None for groups to leave alone, or a mapping
+        from names of groups.
+      alpha: the migration strength, in [0, 1]: 1 makes all activations equally large.
+
+    Returns:
+      The criterion.
+
+    Raises:
+      SpecError: α is outside of [0, 1]; or, when it is used, the statistics do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[1.0]])}, "b": {"w": jnp.array([[4.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> criterion = pathcond.criteria.activation([jnp.array([16.0])])
+      >>> moved, _ = pathcond.condition(params, spec, criterion)
+      >>> jnp.round(moved["b"]["w"], 4).tolist()
+      [[8.0]]
+
+    References:
+      Xiao, Lin, Seznec, Wu, Demouth, Han, *SmoothQuant*, ICML 2023, arXiv 2211.10438.
+    """
+    if not 0 <= alpha <= 1:
+        raise SpecError(f"alpha is {alpha}; it lies between 0 and 1")
+    return RangeBalance(
+        f"activation({alpha:g})", lambda spec: _log_statistics(statistics, spec), float(alpha)
+    )
 
 
-def reduce_masses(
-    spec: ArchSpec, tree: PyTree | ScaledDiagonal
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Sums the trainable entries of a parameter-shaped tree into the blocks of the layout."""
-    if isinstance(tree, ScaledDiagonal):
-        values = match_leaves(spec, tree.mantissa, "gram")
-        scales = list(jax.tree.leaves(tree.log_scale))
-    else:
-        values, scales = match_leaves(spec, tree, "gram"), [None] * len(spec.leaves)
-    blocks = layout(spec).blocks
-    reduced = [_reduce_block(block, values, scales) for block in blocks]
-    return tuple(mass for mass, _ in reduced), tuple(scale for _, scale in reduced)
+def weighted(
+    weights: Callable[[PyTree], PyTree] | PyTree, *, exponent: float = 2.0, tilt: float = 1.0
+) -> Criterion:
+    """Any nonnegative weights a of the entries: ``P log Σ a e^{s Bz} − tilt · s Σ (Bz)``.
 
+    Args:
+      weights: a, a tree like the parameters, or a function from parameters to one.
+      exponent: s; the weights are those of quantities that change by e^{s (Bz)}: 2 for squared
+        gradients, −2 for squared parameters.
+      tilt: 1 equalizes the rescaled weights, 0 makes their sum small.
 
-@functools.lru_cache(maxsize=64)
-def layout(spec: ArchSpec) -> Layout:
-    """The blocks that every criterion over ``spec`` reduces to."""
-    surplus = [np.zeros(group.size) for group in spec.groups]
-    blocks: dict[object, Block] = {}
-    by_path: dict[str, list[tuple[int, int, Incidence]]] = {}
-    for number, group in enumerate(spec.groups):
-        for sign, incidences in ((-1, group.incoming), (1, group.outgoing)):
-            for incidence in incidences:
-                by_path.setdefault(incidence.path, []).append((number, sign, incidence))
-    for number, leaf in enumerate(spec.leaves):
-        if not leaf.trainable or leaf.size == 0:
-            continue
-        met = by_path.get(leaf.path, [])
-        for group_number, sign, incidence in met:
-            per_slice = leaf.size // max(incidence.index.size, 1)
-            present = incidence.index[incidence.index >= 0]
-            np.add.at(surplus[group_number], present, sign * per_slice)
-        key, block = _leaf_block(number, leaf, met, spec)
-        if key in blocks:
-            block = blocks[key]._replace(sources=blocks[key].sources + block.sources)
-        blocks[key] = block
-    return Layout(tuple(g.size for g in spec.groups), tuple(blocks.values()), tuple(surplus))
+    Returns:
+      The criterion.
 
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[9.0]])}, "b": {"w": jnp.array([[1.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> squares = lambda params: jax.tree.map(jnp.square, params)
+      >>> criterion = pathcond.criteria.weighted(squares, exponent=-2.0, tilt=0.0)
+      >>> jnp.round(pathcond.condition(params, spec, criterion)[0]["a"]["w"], 4).tolist()
+      [[3.0]]
+    """
 
-def axis_sum(axis: Axis, log_scales: tuple[jax.Array, ...], batch: int) -> jax.Array:
-    """(Bz) contributed by one side of a block: array (batch, axis.size)."""
-    dtype = log_scales[0].dtype if log_scales else jnp.float32
-    total = jnp.zeros((batch, axis.size), dtype)
-    for link in axis.links:
-        z = log_scales[link.group]
-        if link.index is None:
-            taken = jnp.broadcast_to(z[None, :], total.shape)
-        else:
-            taken = jnp.where(link.index >= 0, z[np.maximum(link.index, 0)], 0)
-        total = total + link.sign * taken
-    return total
-
-
-def _leaf_block(
-    number: int, leaf: Leaf, met: list[tuple[int, int, Incidence]], spec: ArchSpec
-) -> tuple[object, Block]:
-    batch, rows, cols = _roles([i.axes for _, _, i in met])
-    on_rows = [set(incidence.axes) <= {*batch, *rows} for _, _, incidence in met]
-    (row_axis, row_segments), (col_axis, col_segments) = (
-        _compress(
-            [_link(*entry, batch, side, leaf) for entry, here in zip(met, on_rows, strict=True) if here == wanted],
-            spec,
+    def objective(params: PyTree, spec: ArchSpec) -> Objective:
+        tree = weights(params) if callable(weights) else weights
+        match_leaves(spec, tree, "weights")
+        term = LogSum(
+            float(spec.num_parameters), float(exponent), *reduction.reduce_masses(spec, tree)
         )
-        for side, wanted in ((rows, True), (cols, False))
-    )
-    size = int(np.prod([leaf.shape[a] for a in batch], dtype=np.int64))
-    source = Source(number, batch, rows, cols, row_segments, col_segments)
-    key = (size, _key(row_axis), _key(col_axis))
-    return key, Block(size, row_axis, col_axis, (source,))
+        factor = tilt * exponent
+        return Objective((term,), tuple(factor * s for s in reduction.layout(spec).surplus))
+
+    return Balance("weighted", objective)
 
 
-def _roles(axes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Splits the axes that carry neurons into shared (batch), row and column axes."""
-    sets = sorted({tuple(sorted(a)) for a in axes}, key=lambda s: (len(s), s))
-    while len(sets) > 2:
-        first, second, *rest = sets
-        sets = sorted({tuple(sorted({*first, *second})), *rest}, key=lambda s: (len(s), s))
-    if not sets:
-        return (), (), ()
-    if len(sets) == 1:
-        return (), sets[0], ()
-    first, second = map(set, sets)
-    if first <= second or second <= first:
-        return (), tuple(sorted(first | second)), ()
-    shared = first & second
-    one, two = sorted((tuple(sorted(first - shared)), tuple(sorted(second - shared))))
-    return tuple(sorted(shared)), one, two
+def convex(
+    function: Callable[[tuple[jax.Array, ...]], jax.Array], name: str = "convex"
+) -> Criterion:
+    """Any smooth convex function of the log-scales.
+
+    Args:
+      function: from one array ``(group.size,)`` per group of the spec to a scalar, differentiable
+        twice by JAX.
+      name: for people.
+
+    Returns:
+      The criterion. Alone, its minimum must exist.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": jnp.array([[1.0]])}, "b": {"w": jnp.array([[4.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> criterion = pathcond.criteria.convex(lambda z: jnp.sum((z[0] - 1.0) ** 2))
+      >>> [round(float(z[0]), 4) for z in pathcond.condition(params, spec, criterion)[1].log_scales]
+      [1.0]
+    """
+
+    def objective(params: PyTree, spec: ArchSpec) -> Objective:
+        del params
+        return Objective((), _nothing(spec), (Smooth(1.0, jax.tree_util.Partial(function)),))
+
+    return Balance(name, objective)
 
 
-def _link(
-    group: int, sign: int, incidence: Incidence, batch: tuple[int, ...], side: tuple[int, ...], leaf: Leaf
-) -> tuple[int, int, np.ndarray]:
-    """The neuron of each (batch, slice) pair of one side."""
-    axes = batch + side
-    order = sorted(range(len(incidence.axes)), key=lambda k: axes.index(incidence.axes[k]))
-    index = incidence.index.transpose(order)
-    shape = [leaf.shape[a] if a in incidence.axes else 1 for a in axes]
-    full = np.broadcast_to(index.reshape(shape), [leaf.shape[a] for a in axes])
-    return group, sign, full.reshape(int(np.prod([leaf.shape[a] for a in batch], dtype=np.int64)), -1)
+CRITERIA: dict[str, Callable[[], Criterion]] = {
+    "path": path,
+    "enorm": norm,
+    "equalize": equalize,
+}
 
 
-def _compress(
-    links: list[tuple[int, int, np.ndarray]], spec: ArchSpec
-) -> tuple[Axis, np.ndarray | None]:
-    """Merges the slices of a side that belong to the same neurons."""
-    if not links:
-        return Axis(1, ()), None
-    links = sorted(links, key=lambda link: link[:2])
-    segments = None
-    if links[0][2].shape[0] == 1:
-        table = np.stack([index[0] for _, _, index in links], axis=1)
-        unique, inverse = np.unique(table, axis=0, return_inverse=True)
-        if len(unique) < len(table):
-            segments = inverse.reshape(-1).astype(np.int32)
-            links = [(g, s, unique[None, :, k]) for k, (g, s, _) in enumerate(links)]
-    made = []
-    for group, sign, index in links:
-        identity = np.arange(spec.groups[group].size)[None]
-        made.append(Link(group, sign, None if np.array_equal(index, identity) else index))
-    return Axis(links[0][2].shape[1], tuple(made)), segments
+def as_criterion(criterion: Criterion | str, *, norm_weight: float = 0.0) -> Criterion:
+    """The criterion of a name, plus ``norm_weight`` times ``norm()``.
+
+    Raises:
+      SpecError: there is no such criterion.
+    """
+    if isinstance(criterion, str) and criterion in CRITERIA:
+        criterion = CRITERIA[criterion]()
+    if not isinstance(criterion, Criterion):
+        known = ", ".join(map(repr, CRITERIA))
+        raise SpecError(f"no criterion {criterion!r}; there are {known} and those of criteria.py")
+    plain = isinstance(norm_weight, (int, float)) and norm_weight == 0
+    return criterion if plain else criterion + norm_weight * norm()
 
 
-def _key(axis: Axis) -> object:
-    return axis.size, tuple(
-        (k.group, k.sign, None if k.index is None else (k.index.shape, k.index.tobytes()))
-        for k in axis.links
-    )
+def _nothing(spec: ArchSpec) -> tuple[np.ndarray, ...]:
+    return tuple(np.zeros(group.size) for group in spec.groups)
 
 
-def _reduce_block(
-    block: Block, values: list[jax.Array], scales: list[jax.Array | None]
-) -> tuple[jax.Array, jax.Array]:
-    parts = [_reduce_leaf(block, source, values[source.leaf]) for source in block.sources]
-    dtype = compute_dtype(*(part.dtype for part in parts))
-    parts = [part.astype(dtype) for part in parts]
-    offsets = [scales[source.leaf] for source in block.sources]
-    offsets = [None if o is None else jnp.asarray(o).astype(dtype) for o in offsets]
-    if all(offset is None for offset in offsets):
-        return sum(parts[1:], parts[0]), jnp.zeros((), parts[0].dtype)
-    known = [jnp.zeros((), parts[0].dtype) if o is None else o for o in offsets]
-    top = functools.reduce(jnp.maximum, known)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    return sum(part * jnp.exp(offset - top) for part, offset in zip(parts, known, strict=True)), top
-
-
-def _reduce_leaf(block: Block, source: Source, value: jax.Array) -> jax.Array:
+def _power(value: Any, p: float, extra: float) -> tuple[jax.Array, jax.Array]:
+    """``|value|^p 2^extra`` as a mantissa and the exponent of a power of two."""
     value = jnp.asarray(value)
-    value = value.astype(compute_dtype(value.dtype))
-    kept = source.batch + source.rows + source.cols
-    rest = tuple(a for a in range(value.ndim) if a not in kept)
-    value = jnp.transpose(value.sum(rest, keepdims=True), kept + rest)
-    rows = int(np.prod([value.shape[len(source.batch) + k] for k in range(len(source.rows))], dtype=np.int64))
-    value = value.reshape(block.batch, rows, -1)
-    value = _sum_segments(value, source.row_segments, block.rows.size, 1)
-    return _sum_segments(value, source.col_segments, block.cols.size, 2)
+    sizes = jnp.abs(value.astype(compute_dtype(value.dtype)))
+    largest = jnp.max(sizes, initial=0)
+    largest = jnp.where(largest > 0, largest, 1)
+    log = p * jnp.log2(largest) + extra
+    whole = jnp.where(jnp.isfinite(log), jnp.floor(log), 0)
+    return (sizes / largest) ** p * jnp.exp2(log - whole), whole.astype(jnp.int32)
 
 
-def _sum_segments(value: jax.Array, segments: np.ndarray | None, count: int, axis: int) -> jax.Array:
-    if segments is None:
-        return value
-    shape, length = value.shape, segments.size
-    repeats = length // count
-    if repeats * count == length:
-        # Flattened images repeat their channels regularly: a reshape is faster than a scatter.
-        if np.array_equal(segments, np.tile(np.arange(count), repeats)):
-            return value.reshape(*shape[:axis], repeats, count, *shape[axis + 1 :]).sum(axis)
-        if np.array_equal(segments, np.repeat(np.arange(count), repeats)):
-            return value.reshape(*shape[:axis], count, repeats, *shape[axis + 1 :]).sum(axis + 1)
-    moved = jnp.moveaxis(value, axis, 0)
-    return jnp.moveaxis(jax.ops.segment_sum(moved, segments, count), 0, axis)
+def _squared(tree: PyTree, spec: ArchSpec, what: str) -> PyTree:
+    def square(value: Any) -> jax.Array:
+        value = jnp.asarray(value)
+        return jnp.square(value.astype(compute_dtype(value.dtype)))
+
+    values = match_leaves(spec, tree, what)
+    return jax.tree.unflatten(
+        spec.treedef,
+        [
+            square(value) if leaf.trainable else value
+            for leaf, value in zip(spec.leaves, values, strict=True)
+        ],
+    )
+
+
+def _second_moments(source: Any, params: PyTree, spec: ArchSpec) -> list[Any]:
+    """One array like each parameter, from any of the sources of :func:`fisher`."""
+    if callable(source):
+        gradients = source(params)
+        flat, treedef = jax.tree.flatten(gradients)
+        shapes = [np.shape(value) for value in flat]
+        fits = treedef == spec.treedef and all(
+            not leaf.trainable or shape[len(shape) - len(leaf.shape) :] == leaf.shape
+            for leaf, shape in zip(spec.leaves, shapes, strict=True)
+        )
+        if not fits:
+            raise SpecError(
+                "fisher: the function must return a tree like the parameters, whose arrays end "
+                f"with the shapes of the parameters; it has {shapes[:4]} for "
+                f"{[leaf.shape for leaf in spec.leaves[:4]]}"
+            )
+        return [
+            jnp.square(jnp.asarray(g)).reshape(-1, *leaf.shape).sum(0) if leaf.trainable else g
+            for leaf, g in zip(spec.leaves, flat, strict=True)
+        ]
+    if jax.tree.structure(source) != spec.treedef:
+        found = optax.tree_utils.tree_get(source, "nu")
+        if found is None:
+            raise SpecError(
+                "fisher: neither a function, nor a tree like the parameters, nor the state of an "
+                "optimizer with second moments `nu`"
+            )
+        source = found
+    return match_leaves(spec, source, "fisher: second moments")
+
+
+def _log_statistics(statistics: Any, spec: ArchSpec) -> tuple[jax.Array, ...]:
+    """The logarithm of each neuron's statistic; NaN for a group that has none."""
+    if isinstance(statistics, Mapping):
+        unknown = set(statistics) - {group.name for group in spec.groups}
+        if unknown:
+            known = ", ".join(repr(group.name) for group in spec.groups)
+            raise SpecError(f"activation: no group {min(unknown)!r}; there are {known}")
+        statistics = [statistics.get(group.name) for group in spec.groups]
+    if len(statistics) != len(spec.groups):
+        raise SpecError(
+            f"activation: {len(statistics)} statistics for {len(spec.groups)} groups of the spec"
+        )
+    logs = []
+    for group, value in zip(spec.groups, statistics, strict=True):
+        if value is not None and np.shape(value) != (group.size,):
+            raise SpecError(
+                f"activation: statistics of group {group.name!r} have shape {np.shape(value)}, "
+                f"not {(group.size,)}"
+            )
+        logs.append(
+            jnp.full(group.size, -jnp.inf) if value is None else jnp.log(jnp.asarray(value))
+        )
+    return tuple(logs)

@@ -1,14 +1,106 @@
-"""Measurements on networks: the linear pieces of a function of one variable."""
+"""Measurements: representatives of one function side by side, and pieces of functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax.conservation import conserved_quantities
+from pathcond_jax.criteria import CRITERIA
+from pathcond_jax.criterion import Criterion
+from pathcond_jax.lifting import NotPathLiftableError, conditioning_score
+from pathcond_jax.rescaling import condition
+from pathcond_jax.solvers import Status
+from pathcond_jax.spec import ArchSpec, PyTree, compute_dtype, match_leaves
+
 _FIRST_CELLS = 1024
 _MOST_HALVINGS = 30
 _MOST_BENT = 0.01
+
+
+class Representative(NamedTuple):
+    """What one representative of a function looks like, as plain numbers.
+
+    Attributes:
+      name: the criterion that chose it; "as is" for the parameters as they are.
+      status: how the solver ended; "" where none ran.
+      largest_log_scale: the largest |log λ|; 0 as is.
+      conditioning_score: log(AM/GM) of the Gram diagonal; None if the network has none.
+      norm: Euclidean norm of all trainable parameters.
+      conserved: smallest and largest ``‖out‖² − ‖in‖²`` of each group.
+      norms: Euclidean norm of each trainable leaf.
+      ranges: largest absolute entry of each trainable leaf.
+    """
+
+    name: str
+    status: str
+    largest_log_scale: float
+    conditioning_score: float | None
+    norm: float
+    conserved: Mapping[str, tuple[float, float]]
+    norms: Mapping[str, float]
+    ranges: Mapping[str, float]
+
+
+class Report(NamedTuple):
+    """Representatives side by side; ``str(report)`` is a table.
+
+    Attributes:
+      columns: the parameters as they are, then one for each criterion.
+    """
+
+    columns: tuple[Representative, ...]
+
+    def __str__(self) -> str:
+        return _table(self.columns)
+
+
+def report(
+    params: PyTree, spec: ArchSpec, criteria: Sequence[Criterion | str] = tuple(CRITERIA)
+) -> Report:
+    """Compares the representatives that criteria choose: scores, norms, ranges, conserved numbers.
+
+    Args:
+      params: the parameters the spec was built for.
+      spec: the architecture.
+      criteria: names or criteria. The path criterion is left out where a network has no path
+        lifting.
+
+    Returns:
+      The report; print it.
+
+    Raises:
+      SpecError: ``params`` does not fit the spec, or it has no neuron to rescale.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> print(pathcond.report(params, spec, ["enorm"]))
+                              as is      enorm
+      status                             CONVERGED
+      largest |log λ|         0          0.693
+      conditioning score      0.754      0
+      norm                    11.7       8
+      ‖out‖² − ‖in‖²
+        a                     -60 … -60  0 … 0
+      norm, largest entry
+        a/w                   11.3, 8    5.66, 4
+        b/w                   2.83, 2    5.66, 4
+    """
+    columns = [_represent("as is", "", 0.0, params, spec)]
+    for criterion in criteria:
+        try:
+            moved, solution = condition(params, spec, criterion)
+        except NotPathLiftableError:
+            continue
+        largest = max(float(jnp.abs(z).max(initial=0)) for z in solution.log_scales)
+        status = Status(int(solution.status)).name
+        columns.append(_represent(str(criterion), status, largest, moved, spec))
+    return Report(tuple(columns))
 
 
 def count_linear_pieces_1d(
@@ -97,3 +189,67 @@ def _resolve(
     kinked = inside & (np.abs(f0 + s0 * (at - x0) - value) <= scale[1])
     kinked &= (np.abs(before - s0) <= scale[2]) & (np.abs(after - s1) <= scale[2])
     return straight, kinked
+
+
+def _represent(
+    name: str, status: str, largest: float, params: PyTree, spec: ArchSpec
+) -> Representative:
+    try:
+        score = float(conditioning_score(params, spec))
+    except NotPathLiftableError:
+        score = None
+    sizes = {
+        leaf.path: jnp.abs(jnp.asarray(value).astype(compute_dtype(jnp.result_type(value))))
+        for leaf, value in zip(spec.leaves, match_leaves(spec, params), strict=True)
+        if leaf.trainable
+    }
+    norms = {path: float(jnp.linalg.norm(size.reshape(-1))) for path, size in sizes.items()}
+    quantities = conserved_quantities(params, spec)
+    return Representative(
+        name=name,
+        status=status,
+        largest_log_scale=largest,
+        conditioning_score=score,
+        norm=float(np.linalg.norm(list(norms.values()))),
+        conserved={
+            group.name: (float(c.min()), float(c.max()))
+            for group, c in zip(spec.groups, quantities, strict=True)
+        },
+        norms=norms,
+        ranges={path: float(size.max(initial=0)) for path, size in sizes.items()},
+    )
+
+
+def _table(columns: Sequence[Representative]) -> str:
+    first = columns[0]
+    rows = [
+        ["", *(c.name for c in columns)],
+        ["status", *(c.status for c in columns)],
+        ["largest |log λ|", *(_short(c.largest_log_scale) for c in columns)],
+        ["conditioning score", *(_short(c.conditioning_score) for c in columns)],
+        ["norm", *(_short(c.norm) for c in columns)],
+        ["‖out‖² − ‖in‖²"],
+        *(
+            [f"  {group}", *(" … ".join(map(_short, c.conserved[group])) for c in columns)]
+            for group in first.conserved
+        ),
+        ["norm, largest entry"],
+        *(
+            [f"  {leaf}", *(f"{_short(c.norms[leaf])}, {_short(c.ranges[leaf])}" for c in columns)]
+            for leaf in first.norms
+        ),
+    ]
+    count = 1 + len(columns)
+    rows = [row + [""] * (count - len(row)) for row in rows]
+    widths = [max(len(row[k]) for row in rows) for k in range(count)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "none"
+    # What is left of a zero after rounding is not worth five digits.
+    return f"{0.0 if abs(value) < 5e-6 else value:.3g}"

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
+from pathcond_jax.frontends import condition_nnx
 from pathcond_jax.rescaling import condition
 from pathcond_jax.spec import ArchSpec, PyTree, SpecError
-from pathcond_jax.symmetry import trace_spec
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -109,21 +109,7 @@ def conditioned_nnx(
       >>> model.hidden.kernel.shape
       (1, 4)
     """
-    from flax import nnx
-
     model = model_cls(*args, rngs=rngs, **kwargs)
-    still = nnx.clone(model)
-    still.eval()
-    graphdef, _, _ = nnx.split(still, nnx.Param, ...)
-    _, params, rest = nnx.split(model, nnx.Param, ...)
-    variables = {"params": params, "rest": rest}
-
-    def apply(variables: PyTree, *inputs: Any) -> Any:
-        return nnx.merge(graphdef, variables["params"], variables["rest"])(*inputs)
-
-    shapes = jax.eval_shape(lambda tree: tree, variables)
     inputs = example if isinstance(example, tuple) else (example,)
-    spec = trace_spec(apply, shapes, *jax.eval_shape(lambda *x: x, *inputs))
-    conditioned, _ = condition(variables, spec, **(options or {}))
-    nnx.update(model, conditioned["params"])
+    condition_nnx(model, *inputs, **(options or {}))
     return model

@@ -255,6 +255,6 @@ def _finish(axes: Axes) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
-    figure = axes.get_figure(root=True)
+    figure = axes.figure.figure
     assert isinstance(figure, Figure)
     return figure

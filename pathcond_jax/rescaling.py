@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax.criteria import objective
-from pathcond_jax.solvers import Solution, Status, solve
+from pathcond_jax.criteria import as_criterion
+from pathcond_jax.criterion import Criterion
+from pathcond_jax.sharding import automatic
+from pathcond_jax.solvers import Solution, Status
 from pathcond_jax.spec import (
     ArchSpec,
     Incidence,
@@ -91,14 +93,15 @@ def rescale_buffers(
 
 
 def condition(
-    params: PyTree, spec: ArchSpec, criterion: Any = "path", **options: Any
+    params: PyTree, spec: ArchSpec, criterion: Criterion | str = "path", **options: Any
 ) -> tuple[PyTree, Solution]:
     """Moves parameters to the best representative of the same function.
 
     Args:
       params: the parameters the spec was built for.
       spec: the architecture.
-      criterion: what to balance; ``"path"`` is the conditioning of the path-lifting Gram matrix.
+      criterion: what to balance: ``"path"``, the conditioning of the path-lifting Gram matrix,
+        ``"enorm"``, ``"equalize"``, or any criterion of :mod:`pathcond_jax.criteria`.
       **options: of ``solve``: ``method``, ``max_steps``, ``tol``, ``max_log_scale``, ``initial``;
         of the criterion: ``norm_weight`` adds ``norm_weight · p · log Σ θ² e^{−2Bz}`` to the
         path criterion, which bounds the scales; ``rounding="power_of_two"`` rounds the log-scales
@@ -130,18 +133,22 @@ def condition(
     norm_weight, rounding = options.pop("norm_weight", 0.0), options.pop("rounding", None)
     if rounding not in (None, "power_of_two"):
         raise SpecError(f"rounding is {rounding!r}; there are None and 'power_of_two'")
-    goal = objective(params, spec, criterion, norm_weight=norm_weight)
-    solution = solve(goal, spec, **options)
-    if rounding is not None:
-        solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
-    # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
-    keep = solution.status == Status.NON_FINITE
-    rescaled = jax.tree.map(
-        lambda old, new: old if new is old else jnp.where(keep, old, new),
-        params,
-        rescale(params, spec, solution.log_scales),
-    )
-    return rescaled, solution
+
+    def conditioned(params: PyTree) -> tuple[PyTree, Solution]:
+        chosen = as_criterion(criterion, norm_weight=norm_weight)
+        solution = chosen.solve(params, spec, **options)
+        if rounding is not None:
+            solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
+        # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
+        keep = solution.status == Status.NON_FINITE
+        rescaled = jax.tree.map(
+            lambda old, new: old if new is old else jnp.where(keep, old, new),
+            params,
+            rescale(params, spec, solution.log_scales),
+        )
+        return rescaled, solution
+
+    return automatic(conditioned, params)
 
 
 def round_to_powers_of_two(log_scales: LogScales) -> LogScales:

@@ -21,6 +21,7 @@ from pathcond_jax.reconditioning import (
     missing_params,
     widest_dtype,
 )
+from pathcond_jax.sharding import automatic
 from pathcond_jax.solvers import Status
 from pathcond_jax.spec import ArchSpec, PyTree, SpecError
 from pathcond_jax.transport import find_buffers, parameter_shapes, probing, transport
@@ -43,14 +44,14 @@ class ScaleByPathState(NamedTuple):
 
     Attributes:
       count: the number of updates so far, int32.
-      diagonal: the latest Gram diagonal, like the parameters, each leaf divided by the
-        exponential of its entry of ``log_scale``; None if it is computed at every update.
-      log_scale: ``(number of leaves,)``; None with ``diagonal``.
+      diagonal: the latest Gram diagonal, like the parameters, each leaf divided by 2 to the power
+        of its entry of ``exponent``; None if it is computed at every update.
+      exponent: int32, ``(number of leaves,)``; None with ``diagonal``.
     """
 
     count: jax.Array
     diagonal: PyTree
-    log_scale: jax.Array | None
+    exponent: jax.Array | None
 
 
 def recondition(
@@ -247,8 +248,8 @@ def scale_by_path(
 
     ``update_i = gradient_i / (g_i + damping · mean(g))``, and 0 where g_i is 0: for entries on no
     path, and for leaves that are not trainable. Without damping, and with ``every=1``, training
-    from any rescaling of the same parameters gives the same sequence of functions. Where g is NaN
-    because a parameter is, there is no update; with ``every=k`` the diagonal before it stays.
+    from any rescaling of the same parameters gives the same sequence of functions. Where a
+    parameter is NaN or infinite nothing is updated; with ``every=k`` the last diagonal stays.
 
     Args:
       spec: the architecture, traced from the parameters that the optimizer updates.
@@ -292,24 +293,28 @@ def scale_by_path(
         if every == 1:
             return ScaleByPathState(count, None, None)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-        return ScaleByPathState(count, zeros, jnp.zeros((len(spec.leaves),), dtype))
+        return ScaleByPathState(count, zeros, jnp.zeros((len(spec.leaves),), jnp.int32))
 
     def diagonal(params: PyTree) -> tuple[list[jax.Array], jax.Array]:
         if probing():
             # What a network would have in which every path has the norm 1.
             found = [1 / jnp.square(jnp.asarray(p, dtype)) for p in jax.tree.leaves(params)]
-            return found, jnp.zeros((len(found),), dtype)
-        scaled = scaled_gram_diagonal(params, spec)
-        logs = [jnp.asarray(s, dtype) for s in jax.tree.leaves(scaled.log_scale)]
-        return [m.astype(dtype) for m in jax.tree.leaves(scaled.mantissa)], jnp.stack(logs)
+            return found, jnp.zeros((len(found),), jnp.int32)
 
-    def refresh(params: PyTree, old: list[jax.Array], old_log: jax.Array) -> Any:
-        new, new_log = diagonal(params)
+        def lifted(params: PyTree) -> tuple[PyTree, jax.Array]:
+            found = scaled_gram_diagonal(params, spec)
+            mantissa = jax.tree.map(lambda m: m.astype(dtype), found.mantissa)
+            return mantissa, jnp.stack(jax.tree.leaves(found.exponent))
+
+        mantissa, exponents = automatic(lifted, params)
+        return jax.tree.leaves(mantissa), exponents
+
+    def refresh(params: PyTree, old: list[jax.Array], old_exponents: jax.Array) -> Any:
+        new, exponents = diagonal(params)
         finite = functools.reduce(operator.and_, [jnp.isfinite(m).all() for m in new])
-        finite &= jnp.isfinite(new_log).all()
         return (
             [jnp.where(finite, n, o) for n, o in zip(new, old, strict=True)],
-            jnp.where(finite, new_log, old_log),
+            jnp.where(finite, exponents, old_exponents),
         )
 
     def update(
@@ -322,22 +327,22 @@ def scale_by_path(
             match(spec, params, "params")
             match(spec, updates, "updates")
         if every == 1:
-            mantissas, logs = diagonal(params)
+            mantissas, exponents = diagonal(params)
         else:
-            mantissas, logs = lax.cond(
+            mantissas, exponents = lax.cond(
                 state.count % every == 0,
                 refresh,
-                lambda _, old, old_log: (old, old_log),
+                lambda _, *old: old,
                 params,
                 jax.tree.leaves(state.diagonal),
-                state.log_scale,
+                state.exponent,
             )
         flat, treedef = jax.tree.flatten(updates)
-        divided = _divided(flat, mantissas, logs, damping, spec.num_parameters)
+        divided = _divided(flat, mantissas, exponents, damping, spec.num_parameters)
         count = optax.safe_increment(state.count)
         if every > 1:
             kept = jax.tree.unflatten(jax.tree.structure(state.diagonal), mantissas)
-            return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, kept, logs)
+            return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, kept, exponents)
         return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, None, None)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -346,20 +351,22 @@ def scale_by_path(
 def _divided(
     updates: list[Any],
     mantissas: list[jax.Array],
-    logs: jax.Array,
+    exponents: jax.Array,
     damping: float,
     num_parameters: int,
 ) -> list[Any]:
+    logs = exponents.astype(mantissas[0].dtype) * float(np.log(2))
     sums = jnp.stack([mantissa.sum() for mantissa in mantissas])
+    finite = jnp.isfinite(sums).all()
     log_mean = jax.nn.logsumexp(logs, b=sums) - float(np.log(num_parameters))
     divided = []
-    for update, mantissa, log in zip(updates, mantissas, logs, strict=True):
+    for update, mantissa, exponent, log in zip(updates, mantissas, exponents, logs, strict=True):
         u = jnp.asarray(update)
         if not jnp.issubdtype(u.dtype, jnp.floating):
             divided.append(update)
             continue
         below = mantissa + damping * jnp.exp(log_mean - log) if damping else mantissa
-        on_path = (mantissa > 0) & jnp.isfinite(log)
-        quotient = u.astype(mantissa.dtype) / jnp.where(on_path, below, 1) * jnp.exp(-log)
-        divided.append(jnp.where(on_path, quotient, 0).astype(u.dtype))
+        on_path = (mantissa > 0) & finite
+        quotient = u.astype(mantissa.dtype) / jnp.where(on_path, below, 1)
+        divided.append(jnp.where(on_path, jnp.ldexp(quotient, -exponent), 0).astype(u.dtype))
     return divided

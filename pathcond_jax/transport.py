@@ -251,8 +251,8 @@ class _Probe:
         self._spec, self._runs = spec, dict[float, tuple[Arrays, Arrays]]()
         self._run = jax.jit(functools.partial(_run, optax.with_extra_args_support(inner), extra))
         self._factors, self._params, self._grads = [], [], []
-        # Large gradients as well, for what clipping by a norm does to them.
-        sizes = np.resize([1.0, 30.0, 1000.0], num_steps)
+        # Large for the constants that keep quotients finite, and once more for clipping by a norm.
+        sizes = np.resize([8.0, 250.0, 8000.0], num_steps)
         for leaf in spec.leaves:
             shape = tuple(min(n, 2) for n in leaf.shape)
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -260,8 +260,9 @@ class _Probe:
                 parts = (np.ones(shape, np.int32), zeros, zeros)
             else:
                 dtype = compute_dtype(leaf.dtype)
-                drawn = _signed(rng, (2, num_steps, *shape))
-                drawn[0] = drawn[0, :1] * rng.uniform(0.9, 1.1, (num_steps, *shape))
+                # Of one sign in all steps: where averages cancel, their ratios are rounding errors.
+                signs = rng.choice([-1.0, 1.0], (2, 1, *shape))
+                drawn = signs * rng.uniform(0.5, 2.0, (2, num_steps, *shape))
                 drawn[1] *= sizes.reshape(-1, *[1] * len(shape))
                 factor = 2.0 ** rng.choice([-2, -1, 1, 2], shape)
                 parts = tuple(a.astype(dtype) for a in (factor, *drawn))
@@ -328,10 +329,6 @@ def _run(
 
     _, states = lax.scan(step, state, (params, grads))
     return jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), state, states)
-
-
-def _signed(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    return rng.uniform(0.5, 2.0, shape) * rng.choice([-1.0, 1.0], shape)
 
 
 @contextlib.contextmanager

@@ -92,3 +92,56 @@ def test_one_step_changes_each_quantity_by_the_square_of_the_step(x64, name):
     assert np.abs(change).max() > 1e-4
     size = np.abs(before).max() + 1
     np.testing.assert_allclose(after - before, eta**2 * change, atol=1e-13 * size)
+
+
+def quantities(params, spec):
+    return np.concatenate(pathcond.conserved_quantities(params, spec))
+
+
+@pytest.mark.parametrize("name", ["mlp", "scan-over-layers"])
+def test_every_target_is_reached_once_on_the_orbit(x64, name):
+    found = NETWORKS[name]()
+    params, spec = found.params, pathcond.trace_spec(found.apply_fn, found.params, found.x)
+    keys = jax.random.split(jax.random.key(0), (2, len(spec.groups)))
+    target = tuple(
+        3 * jax.random.normal(k, (g.size,)) for k, g in zip(keys[0], spec.groups, strict=True)
+    )
+    elsewhere = tuple(
+        jax.random.normal(k, (g.size,)) for k, g in zip(keys[1], spec.groups, strict=True)
+    )
+    moved, solution = pathcond.rescale_to(params, spec, target)
+    assert int(solution.status) == pathcond.Status.CONVERGED
+    np.testing.assert_allclose(quantities(moved, spec), np.concatenate(target), atol=1e-9)
+    before, after = (found.apply_fn(p, found.x) for p in (params, moved))
+    np.testing.assert_allclose(after, before, rtol=1e-9, atol=1e-12)
+    other, _ = pathcond.rescale_to(pathcond.rescale(params, spec, elsewhere), spec, target)
+    for one, two in zip(jax.tree.leaves(moved), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-10)
+
+
+def test_target_zero_is_enorm_and_where_one_is_needs_no_step(x64):
+    found = NETWORKS["mlp"]()
+    params, spec = found.params, pathcond.trace_spec(found.apply_fn, found.params, found.x)
+    zero = tuple(jnp.zeros(group.size) for group in spec.groups)
+    moved, _ = pathcond.rescale_to(params, spec, zero)
+    balanced, _ = pathcond.condition(params, spec, "enorm")
+    for one, two in zip(jax.tree.leaves(moved), jax.tree.leaves(balanced), strict=True):
+        np.testing.assert_allclose(two, one, atol=1e-9)
+    _, stay = pathcond.rescale_to(params, spec, pathcond.conserved_quantities(params, spec))
+    assert max(float(jnp.abs(z).max()) for z in stay.log_scales) < 1e-9
+
+
+def test_targets_in_single_precision():
+    found = NETWORKS["lenet"]()
+    params, spec = found.params, pathcond.trace_spec(found.apply_fn, found.params, found.x)
+    target = tuple(jnp.linspace(-2.0, 2.0, group.size) for group in spec.groups)
+    moved, solution = pathcond.rescale_to(params, spec, target)
+    assert int(solution.status) == pathcond.Status.CONVERGED
+    np.testing.assert_allclose(quantities(moved, spec), np.concatenate(target), atol=1e-3)
+
+
+def test_a_target_must_have_the_shapes_of_the_groups():
+    found = NETWORKS["plain-jax"]()
+    spec = pathcond.trace_spec(found.apply_fn, found.params, found.x)
+    with pytest.raises(pathcond.SpecError, match="target has shapes"):
+        pathcond.rescale_to(found.params, spec, (jnp.zeros(2),))

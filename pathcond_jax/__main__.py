@@ -1,0 +1,130 @@
+"""The console command ``pathcond``: one table of subcommands."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+      summary: one line for ``--help``.
+      add_arguments: declares its arguments.
+      run: runs it; imports what it needs, so that the rest works without the extras.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed and few epochs")
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from pathcond_jax.experiments import demo
+
+    demo.main(arguments.out, arguments.quick)
+
+
+def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a study; list: show them")
+    parser.add_argument("--quick", action="store_true", help="a small grid, within a minute")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), metavar="DIR", help="default: results"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="instead of the paper's, such as digits")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where CIFAR-10 and MNIST lie (default: data)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--fresh", action="store_true", help="run again what is finished")
+
+
+def _run_reproduce(arguments: argparse.Namespace) -> int:
+    from pathcond_jax.experiments import reproduce, sources
+
+    if arguments.name == "list":
+        width = max(map(len, reproduce.STUDIES))
+        for name, summary in reproduce.STUDIES.items():
+            print(f"{name:<{width}}  {summary}")
+        return 0
+    try:
+        reproduce.main(**{k: v for k, v in vars(arguments).items() if k != "command"})
+    except (sources.DataError, reproduce.UsageError) as error:
+        print(f"pathcond reproduce {arguments.name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="FILE:FACTORY",
+        help="a Python file and its function that returns apply_fn, params, example_input",
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw the Gram diagonal before and after"
+    )
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    from pathcond_jax.experiments import inspection
+
+    return inspection.main(arguments.target, arguments.picture)
+
+
+COMMANDS = {
+    "demo": Command(
+        "condition two networks, check that their functions stay, train them on digits",
+        _add_run_arguments,
+        _run_demo,
+    ),
+    "reproduce": Command(
+        "run a study of the paper, or one of this library's own",
+        _add_reproduce_arguments,
+        _run_reproduce,
+    ),
+    "inspect": Command(
+        "show what may be rescaled in your own network, and what conditioning would do",
+        _add_inspect_arguments,
+        _run_inspect,
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, built from the table."""
+    top = argparse.ArgumentParser(prog="pathcond", description="Path-conditioned training in JAX.")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        command.add_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].run(arguments) or 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "pathcond_jax":
+            raise
+        print(
+            f"pathcond {arguments.command} needs {error.name}, which is not installed; "
+            "install the extras: pip install 'pathcond-jax[experiments]'",
+            file=sys.stderr,
+        )
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

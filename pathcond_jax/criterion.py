@@ -1,0 +1,154 @@
+"""What a criterion is: something that chooses log-scales, and sums of such things."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pathcond_jax import ranges, reduction, roles
+from pathcond_jax.ascent import solve_difference
+from pathcond_jax.reduction import LogSum, Objective
+from pathcond_jax.solvers import Solution, solve
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves
+
+
+class Criterion:
+    """What ``condition`` balances.
+
+    Attributes:
+      name: for people.
+    """
+
+    name: str
+
+    def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
+        """The log-scales that this criterion chooses.
+
+        Args:
+          params: the parameters the spec was built for.
+          spec: the architecture.
+          **options: of :func:`pathcond_jax.solve`.
+
+        Returns:
+          The solution; log-scales 0 and a status where a parameter is not finite.
+        """
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> "Criterion":
+        if not isinstance(self, Balance) or not isinstance(other, Balance):
+            names = " and ".join(getattr(c, "name", repr(c)) for c in (self, other))
+            raise SpecError(f"{names} do not add up: only functions of the log-scales do")
+        one, two = self, other
+        return Balance(
+            f"{one.name} + {two.name}",
+            lambda params, spec: _added(one.objective(params, spec), two.objective(params, spec)),
+        )
+
+    def __mul__(self, factor: float | jax.Array) -> "Criterion":
+        if not isinstance(self, Balance):
+            raise SpecError(f"{self.name} is no function of the log-scales: it has no multiples")
+        if isinstance(factor, (int, float)) and not factor >= 0:
+            raise SpecError(f"{self.name} times {factor} is not convex: the factor is negative")
+        one = self
+        return Balance(
+            f"{factor} * {one.name}",
+            lambda params, spec: _scaled(factor, one.objective(params, spec)),
+        )
+
+    __rmul__ = __mul__
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Balance(Criterion):
+    """A criterion that minimizes a function of the log-scales.
+
+    Attributes:
+      name: for people.
+      objective: from parameters and spec to the function.
+    """
+
+    name: str
+    objective: Callable[[PyTree, ArchSpec], Objective]
+
+    def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
+        """Minimizes the function; see :class:`Criterion`."""
+        goal = _poisoned_unless_finite(self.objective(params, spec), spec, params)
+        return (
+            solve_difference(goal, spec, **options)
+            if goal.concave
+            else solve(goal, spec, **options)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RangeBalance(Criterion):
+    """A criterion that equates logarithms of ranges, neuron by neuron.
+
+    Attributes:
+      name: for people.
+      incoming: the logarithm of the range that enters each neuron, one array per group; None: the
+        largest incoming weight.
+      alpha: the weight of the incoming range; the outgoing one has 1 − α.
+    """
+
+    name: str
+    incoming: Callable[[ArchSpec], tuple[jax.Array, ...]] | None = None
+    alpha: float = 0.5
+
+    def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
+        """Finds the fixed point; see :class:`Criterion`."""
+        values = match_leaves(spec, params)
+        biases = roles.biases(spec)
+        sizes = [
+            jnp.zeros_like(value) if leaf.path in biases else jnp.abs(value)
+            for leaf, value in zip(spec.leaves, values, strict=True)
+        ]
+        masses, logs = reduction.reduce_masses(
+            spec, jax.tree.unflatten(spec.treedef, sizes), reduction.MAX
+        )
+        given = None if self.incoming is None else self.incoming(spec)
+        term = _poisoned(LogSum(1.0, -1.0, masses, logs), spec, params)
+        return ranges.balance_ranges(term, spec, given, self.alpha, **options)
+
+
+def _added(one: Objective, two: Objective) -> Objective:
+    limits = [goal.limit for goal in (one, two) if goal.limit is not None]
+    return Objective(
+        (*one.terms, *two.terms),
+        tuple(jnp.asarray(a) + jnp.asarray(b) for a, b in zip(one.linear, two.linear, strict=True)),
+        (*one.smooth, *two.smooth),
+        (*one.concave, *two.concave),
+        min(limits, default=None),
+    )
+
+
+def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
+    def scale(terms: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(term._replace(weight=factor * term.weight) for term in terms)
+
+    return goal._replace(
+        terms=scale(goal.terms),
+        linear=tuple(factor * part for part in goal.linear),
+        smooth=scale(goal.smooth),
+        concave=scale(goal.concave),
+    )
+
+
+def _poisoned_unless_finite(goal: Objective, spec: ArchSpec, params: PyTree) -> Objective:
+    """A parameter that is not finite makes every number NaN, which solvers report."""
+    return goal._replace(
+        terms=tuple(_poisoned(term, spec, params) for term in goal.terms),
+        concave=tuple(_poisoned(term, spec, params) for term in goal.concave),
+    )
+
+
+def _poisoned(term: LogSum, spec: ArchSpec, params: PyTree) -> LogSum:
+    values = match_leaves(spec, params)
+    trained = [v for v, leaf in zip(values, spec.leaves, strict=True) if leaf.trainable]
+    finite = jnp.stack([jnp.isfinite(jnp.asarray(v)).all() for v in trained]).all()
+    return term._replace(masses=tuple(jnp.where(finite, mass, jnp.nan) for mass in term.masses))

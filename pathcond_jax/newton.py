@@ -1,0 +1,337 @@
+"""All log-scales at once: Newton's method with conjugate gradients inside."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pathcond_jax import blocks, problem
+from pathcond_jax.blocks import Table
+from pathcond_jax.problem import Problem, Run
+from pathcond_jax.spec import ArchSpec
+from pathcond_jax.sweeps import block_sweep, colors
+
+# Conjugate gradient steps within a Newton step, and halvings of it.
+INNER_STEPS = 30
+HALVINGS = 30
+# The decrease that a step must reach, relative to the one its slope promises.
+ARMIJO = 1e-4
+# The furthest that a log-scale moves in one step.
+REACH = 20.0
+
+
+class Term(NamedTuple):
+    """One term at a point, its masses divided by their sum: probabilities of the entries.
+
+    Attributes:
+      total: log S, the logarithm of their sum.
+      weights: the probabilities, one (batch, rows, cols) array per stack.
+      sums: (positions,), their sums over rows and columns.
+      mean: (H,), the mean of the rows of B: outgoing minus incoming probability.
+    """
+
+    total: jax.Array
+    weights: tuple[jax.Array, ...]
+    sums: jax.Array
+    mean: jax.Array
+
+
+class Point(NamedTuple):
+    """Log-scales and what Newton's method knows there.
+
+    Attributes:
+      z: (H,) log-scales.
+      gradient: (H,), of F.
+      smooth: (H,), its part from the smooth functions.
+      terms: the terms.
+    """
+
+    z: jax.Array
+    gradient: jax.Array
+    smooth: jax.Array
+    terms: tuple[Term, ...]
+
+
+class State(NamedTuple):
+    """Between two Newton steps; ``decrement`` is that of the last one, λ² = −⟨∇F, d⟩."""
+
+    z: jax.Array
+    steps: jax.Array
+    products: jax.Array
+    decrement: jax.Array
+    suboptimality: jax.Array
+    done: jax.Array
+    converged: jax.Array
+
+
+def newton(
+    task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
+) -> Run:
+    """Newton-CG with a Jacobi preconditioner, projected on the box, after one block sweep.
+
+    Converged means ``‖∇F‖ ≤ tol Σ w`` and a Newton decrement ``λ² ≤ tol² Σ w``, or one that
+    rounding keeps from shrinking further. The last step is taken even so.
+    """
+    table = blocks.table(spec)
+    z = _start(task, spec, z)
+    products = jnp.full((), len(colors(spec).mask), jnp.int32)
+    infinity, no = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), bool)
+    start = State(z, jnp.zeros((), jnp.int32), products, infinity, infinity, no, no)
+    end = lax.while_loop(
+        lambda state: (state.steps < max_steps) & ~state.done,
+        lambda state: _step(task, table, tol, state),
+        start,
+    )
+    return Run(end.z, end.steps, end.products, end.converged, end.suboptimality)
+
+
+def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
+    """One block sweep, which brings every neuron within the range of the dtype."""
+    if not task.masses:
+        return z
+    swept = block_sweep(task, spec, z)
+    if len(task.masses) == 1 and not task.smooth:
+        return swept
+    value = functools.partial(problem.value_and_gradient, task, blocks.table(spec))
+    return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
+
+
+def _step(task: Problem, table: Table, tol: jax.Array, state: State) -> State:
+    point, diagonal, smooth_product = _evaluate(task, table, state.z)
+    z, terms, gradient, total = point.z, point.terms, point.gradient, task.scale
+    # Vanishes with the gradient, and keeps neurons with hardly any mass within reach.
+    damping = jnp.abs(gradient) / REACH
+    diagonal = diagonal + damping
+    diagonal = jnp.where(diagonal > 0, diagonal, total)
+    free = task.alive & ~_held(task, z, gradient, diagonal)
+
+    def curvature(v: jax.Array) -> jax.Array:
+        return _hessian_product(task, table, terms, v) + smooth_product(v) + damping * v
+
+    forward = jnp.where(free, gradient, 0)
+    size = jnp.sqrt(jnp.sum(forward**2 / diagonal) / total)
+    accuracy = jnp.minimum(0.1, jnp.sqrt(size))
+    direction, image, inner = _conjugate_gradients(curvature, -forward, diagonal, free, accuracy)
+    image = image - smooth_product(direction) - damping * direction
+    bound = _certificate(task, table, point, direction, image)
+    decrement = -jnp.sum(forward * direction)
+    # Neurons at a face of the box that want to leave it stay; those close to it go there.
+    direction = jnp.where(free, direction, -gradient / diagonal)
+    moved, change, halvings = _line_search(task, table, point, direction)
+
+    small = jnp.linalg.norm(task.projected(z, gradient)) <= tol * total
+    noise = (1e3 * jnp.finfo(z.dtype).eps) ** 2 * total
+    floor = (decrement >= 0.5 * state.decrement) & (decrement <= noise)
+    converged = small & ((decrement <= tol**2 * total) | floor)
+    rounding = jnp.finfo(z.dtype).eps * total
+    bound = jnp.maximum(jnp.minimum(state.suboptimality, bound) + change, rounding)
+    return State(
+        z=moved,
+        steps=state.steps + 1,
+        products=state.products + 1 + inner + halvings,
+        decrement=decrement,
+        suboptimality=bound,
+        done=converged | floor,
+        converged=converged,
+    )
+
+
+def _evaluate(
+    task: Problem, table: Table, z: jax.Array
+) -> tuple[Point, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Everything at z, the Jacobi preconditioner, and products with the smooth Hessian."""
+    smooth, product = jax.linearize(jax.grad(lambda z: problem.smooth_part(task, table, z)), z)
+    gradient, diagonal = smooth - task.linear, jnp.zeros_like(z)
+    if task.smooth:
+        # The mean of its diagonal, from products with random signs.
+        signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
+        diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
+    terms, shifts = [], blocks.spread(table, z)
+    for w, s, masses in zip(task.weights, task.exponents, task.masses, strict=True):
+        exponents = masses.logs + s * shifts
+        total = blocks.log_total(masses, table, exponents)
+        weights = blocks.normalized(masses, table, exponents, total)
+        sums = blocks.products(weights, table, jnp.ones_like(exponents))
+        out, into = blocks.collect(table, sums)
+        terms.append(Term(total, weights, sums, out - into))
+        gradient = gradient + w * s * (out - into)
+        diagonal = diagonal + w * s * s * (out + into)
+    smooth, gradient = (jnp.where(task.alive, part, 0) for part in (smooth, gradient))
+    return Point(z, gradient, smooth, tuple(terms)), diagonal, product
+
+
+def _hessian_product(task: Problem, table: Table, terms: tuple[Term, ...], v: jax.Array) -> jax.Array:
+    """``Σ_k w_k s_k² (Bᵀ diag(W) B − m mᵀ) v``, m the mean of the rows of B under W."""
+    shifts, result = blocks.spread(table, v), jnp.zeros_like(v)
+    for w, s, term in zip(task.weights, task.exponents, terms, strict=True):
+        image = term.sums * shifts + blocks.products(term.weights, table, shifts)
+        out, into = blocks.collect(table, image)
+        result = result + w * s * s * (out - into - term.mean * jnp.dot(term.mean, v))
+    return result
+
+
+def _conjugate_gradients(
+    apply: Callable[[jax.Array], jax.Array],
+    target: jax.Array,
+    diagonal: jax.Array,
+    free: jax.Array,
+    tol: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Solves ``H d = target`` over the free variables.
+
+    ``jax.scipy.sparse.linalg.cg`` tells neither H d, which the certificate needs for all
+    variables, nor how many products it took.
+
+    Returns:
+      d, H d and the number of products.
+    """
+
+    def unfinished(state: tuple) -> jax.Array:
+        *_, size, step = state
+        return (size > tol**2 * first) & (step < INNER_STEPS)
+
+    def body(state: tuple) -> tuple:
+        x, image, residual, search, size, step = state
+        product = apply(search)
+        curvature = jnp.dot(search, product)
+        # A curvature of 0 is rounding: then nothing is left to gain.
+        length = jnp.where(curvature > 0, size / jnp.where(curvature > 0, curvature, 1), 0)
+        residual = jnp.where(free, residual - length * product, 0)
+        scaled = residual / diagonal
+        following = jnp.where(curvature > 0, jnp.dot(residual, scaled), 0)
+        return (
+            x + length * search,
+            image + length * product,
+            residual,
+            jnp.where(free, scaled + following / size * search, 0),
+            following,
+            step + 1,
+        )
+
+    zero, scaled = jnp.zeros_like(target), target / diagonal
+    first = jnp.dot(target, scaled)
+    start = (zero, zero, target, scaled, first, jnp.zeros((), jnp.int32))
+    x, image, _, _, _, steps = lax.while_loop(unfinished, body, start)
+    return x, image, steps
+
+
+def _line_search(
+    task: Problem, table: Table, point: Point, direction: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Halves the step along the projected path until F decreases as Armijo asks.
+
+    Returns:
+      The new log-scales, the change of F, and how many steps were tried.
+    """
+    z = point.z
+    rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(problem.smooth_part(task, table, z))
+
+    def tried(length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        moved = task.clip(z + jnp.clip(length * direction, -REACH, REACH))
+        change = _change(task, table, point, moved - z)
+        slope = jnp.dot(point.gradient, moved - z)
+        return moved, change, change <= ARMIJO * jnp.minimum(slope, 0) + rounding
+
+    def body(state: tuple) -> tuple:
+        count, *_ = state
+        return count + 1, *tried(0.5 ** count.astype(z.dtype))
+
+    start = (jnp.zeros((), jnp.int32), z, jnp.zeros((), z.dtype), jnp.zeros((), bool))
+    count, moved, change, enough = lax.while_loop(
+        lambda state: ~state[3] & (state[0] < HALVINGS), body, start
+    )
+    return jnp.where(enough, moved, z), jnp.where(enough, change, 0), count
+
+
+def _change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Array:
+    """F(z + d) − F(z), to within rounding of the difference where d is small."""
+    shifts = blocks.spread(table, d)
+    before, after = (problem.smooth_part(task, table, z) for z in (point.z, point.z + d))
+    rest = after - before - jnp.dot(point.smooth, d)
+    return rest + lax.cond(
+        (jnp.abs(shifts).max() * jnp.abs(task.exponents)).max(initial=0) < 2,
+        lambda: jnp.dot(point.gradient, d) + _curved_change(task, table, point, shifts, d),
+        lambda: jnp.dot(point.smooth, d) + _long_change(task, table, point, d),
+    )
+
+
+def _long_change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Array:
+    """The change of the terms and of the linear part."""
+    shifts, change = blocks.spread(table, point.z + d), -jnp.dot(task.linear, d)
+    for w, s, masses, term in zip(
+        task.weights, task.exponents, task.masses, point.terms, strict=True
+    ):
+        total = blocks.log_total(masses, table, masses.logs + s * shifts)
+        change = change + w * (total - term.total)
+    return change
+
+
+def _curved_change(
+    task: Problem, table: Table, point: Point, shifts: jax.Array, d: jax.Array
+) -> jax.Array:
+    """The change of the terms beyond their slopes.
+
+    A difference of F itself would drown in rounding long before the gradient does. With
+    X = s (Bd)_i under the probabilities W, a term changes by w log(1 + E[e^X − 1]); and for
+    X = a + b, ``e^X − 1 − X = (e^a − 1)(e^b − 1) + (e^a − 1 − a) + (e^b − 1 − b)``.
+    """
+    change = jnp.zeros((), d.dtype)
+    for w, s, term in zip(task.weights, task.exponents, point.terms, strict=True):
+        both = blocks.quadratic(term.weights, table, jnp.expm1(s * shifts))
+        second = both + jnp.dot(term.sums, _expm1_rest(s * shifts))
+        change = change + w * (second - _log1p_rest(s * jnp.dot(term.mean, d) + second))
+    return change
+
+
+def _expm1_rest(x: jax.Array) -> jax.Array:
+    """e^x − 1 − x."""
+    series = jnp.zeros_like(x)
+    for k in range(14, 1, -1):
+        series = (1 + series) * x / k
+    return jnp.where(jnp.abs(x) < 0.5, series * x, jnp.expm1(x) - x)
+
+
+def _log1p_rest(x: jax.Array) -> jax.Array:
+    """x − log(1 + x)."""
+    series = jnp.zeros_like(x)
+    for k in range(14, 1, -1):
+        series = 1 / k - series * x
+    return jnp.where(jnp.abs(x) < 0.1, series * x * x, x - jnp.log1p(x))
+
+
+def _held(
+    task: Problem, z: jax.Array, gradient: jax.Array, diagonal: jax.Array
+) -> jax.Array:
+    """Neurons at a face of the box, or about to reach it, that F pushes outward.
+
+    References:
+      Bertsekas, *Projected Newton methods for optimization problems with simple constraints*,
+      SIAM Journal on Control and Optimization, 1982.
+    """
+    moved = jnp.abs(task.clip(z - gradient / diagonal) - z).max()
+    margin = task.limit - jnp.minimum(1e-2, moved)
+    return (jnp.abs(z) >= margin) & (jnp.sign(gradient) * z < 0)
+
+
+def _certificate(
+    task: Problem, table: Table, point: Point, direction: jax.Array, image: jax.Array
+) -> jax.Array:
+    """An upper bound of F(z) − F(y) for every y in the box, from convex duality.
+
+    For probabilities q_k over the entries, ``F(y) ≥ F(z) − Σ_k w_k KL(q_k | W_k) + ⟨ρ, y − z⟩``
+    with ``ρ = Σ_k w_k s_k Bᵀ q_k − b + Σ ∇f``. Take ``q = W (1 + t η)``, η the centered s (Bd) and
+    t ≤ 1 such that q ≥ 0: then Σ w KL ≤ t² ⟨d, H d⟩ and, without smooth functions,
+    ``ρ = ∇F + t H d``: nothing but the residual of the conjugate gradients once t is 1.
+    """
+    lowest, shifts = jnp.zeros((), direction.dtype), blocks.spread(table, direction)
+    for s, term in zip(task.exponents, point.terms, strict=True):
+        present = jnp.where(term.sums > 0, s * shifts, jnp.inf)
+        pairs = [a.min(1) + b.min(1) for a, b in blocks.split(table, present)]
+        least = jnp.concatenate(pairs).min() - s * jnp.dot(term.mean, direction)
+        lowest = jnp.minimum(lowest, least)
+    t = 1 / jnp.maximum(-lowest, 1)
+    curved = jnp.maximum(jnp.dot(direction, image), 0)
+    return t**2 * curved + task.reach(point.z, point.gradient + t * image)

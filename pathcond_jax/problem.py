@@ -1,0 +1,170 @@
+"""A criterion on the flat vector of all neurons, as the solvers see it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pathcond_jax import blocks
+from pathcond_jax.blocks import Masses, Table
+from pathcond_jax.reduction import Objective, Smooth
+from pathcond_jax.spec import ArchSpec, compute_dtype
+
+
+class Problem(NamedTuple):
+    """``F(z) = Σ_k w_k log Σ_i a_i^(k) exp(s_k (Bz)_i) + Σ_j v_j f_j(z) − ⟨b, z⟩`` over a box.
+
+    Attributes:
+      weights: w, (terms,).
+      exponents: s, (terms,).
+      linear: b, (H,).
+      smooth: v and f.
+      scale: Σ w + Σ v, to which tolerances are relative.
+      masses: the equilibrated a of each term.
+      alive: (H,) booleans; the other neurons keep their log-scale 0.
+      limit: the box ``|z| ≤ limit``, a scalar, possibly inf.
+      finite: scalar, whether all input was finite and no mass negative.
+    """
+
+    weights: jax.Array
+    exponents: jax.Array
+    linear: jax.Array
+    smooth: tuple[Smooth, ...]
+    scale: jax.Array
+    masses: tuple[Masses, ...]
+    alive: jax.Array
+    limit: jax.Array
+    finite: jax.Array
+
+    def clip(self, z: jax.Array) -> jax.Array:
+        """The nearest log-scales in the box."""
+        return jnp.clip(z, -self.limit, self.limit)
+
+    def bound(self, z: jax.Array) -> jax.Array:
+        """Which neurons are at the faces of the box."""
+        return self.alive & (jnp.abs(z) >= self.limit)
+
+    def projected(self, z: jax.Array, gradient: jax.Array) -> jax.Array:
+        """The gradient without what the box, or a neuron that keeps 0, absorbs."""
+        outward = self.bound(z) & (jnp.sign(gradient) * z <= 0)
+        return jnp.where(self.alive & ~outward, gradient, 0)
+
+    def reach(self, z: jax.Array, slope: jax.Array) -> jax.Array:
+        """The largest ⟨slope, z − y⟩ over y in the box."""
+        furthest = slope * z + self.limit * jnp.abs(slope)
+        return jnp.where(self.alive & (slope != 0), furthest, 0).sum()
+
+
+class Run(NamedTuple):
+    """Where a method stopped.
+
+    Attributes:
+      z: (H,) log-scales.
+      num_steps: steps or sweeps.
+      num_products: passes over the masses.
+      converged: whether the method's own test was met.
+      suboptimality: an upper bound of F(z) − min F that the method has found, or inf.
+    """
+
+    z: jax.Array
+    num_steps: jax.Array
+    num_products: jax.Array
+    converged: jax.Array
+    suboptimality: jax.Array | float = float("inf")
+
+
+class Sums(NamedTuple):
+    """The sums of one term at a point, relative to their total.
+
+    Attributes:
+      total: log S.
+      out: (H,) logarithms of the outgoing mass of each neuron over S.
+      into: the same for the incoming mass.
+      positions: logarithms of the sums over rows and columns over S.
+    """
+
+    total: jax.Array
+    out: jax.Array
+    into: jax.Array
+    positions: jax.Array
+
+
+def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
+    """Stacks, checks and equilibrates the convex part of an objective."""
+    table, terms = blocks.table(spec), objective.terms
+    dtypes = [mass.dtype for term in terms for mass in term.masses]
+    dtype = compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
+    linear = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in objective.linear])
+    arrays = [array for term in terms for array in (*term.masses, *term.log_scales)]
+    finite = jnp.stack([jnp.isfinite(array).all() for array in (linear, *arrays)]).all()
+    for mass in (mass for term in terms for mass in term.masses):
+        finite &= (mass >= 0).all()
+    origin = jnp.zeros_like(linear)
+    for part in objective.smooth:
+        finite &= jnp.isfinite(smooth_value(part, table, origin))
+    masses = tuple(blocks.equilibrate(term, table, dtype, finite) for term in terms)
+    weights, exponents, extra = (
+        jnp.asarray([jnp.asarray(number).astype(dtype) for number in numbers], dtype)
+        for numbers in (
+            [term.weight for term in terms],
+            [term.exponent for term in terms],
+            [part.weight for part in objective.smooth],
+        )
+    )
+    alive = _alive(table, weights * exponents, linear, masses)
+    return Problem(
+        weights=weights,
+        exponents=exponents,
+        linear=jnp.where(finite, linear, 0),
+        smooth=objective.smooth,
+        scale=weights.sum() + extra.sum(),
+        masses=masses,
+        alive=finite & (alive if not objective.smooth else True),
+        limit=jnp.asarray(limit).astype(dtype),
+        finite=finite,
+    )
+
+
+def smooth_value(part: Smooth, table: Table, z: jax.Array) -> jax.Array:
+    """v f(z)."""
+    value = part.function(tuple(jnp.split(z, table.starts[1:-1])))
+    return jnp.asarray(part.weight).astype(z.dtype) * jnp.asarray(value).astype(z.dtype)
+
+
+def smooth_part(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
+    """Σ v f(z)."""
+    zero = jnp.zeros((), z.dtype)
+    return sum((smooth_value(part, table, z) for part in problem.smooth), zero)
+
+
+def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
+    """The sums of one term at z, from matrix-vector products with the equilibrated masses."""
+    masses = problem.masses[term]
+    exponents = masses.logs + problem.exponents[term] * blocks.spread(table, z)
+    logs = blocks.log_sums(masses, table, exponents)
+    total = blocks.logsumexp(jnp.where(table.is_row, logs, -jnp.inf))
+    return Sums(total, *blocks.collect_log(table, logs - total), logs - total)
+
+
+def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """F and its gradient."""
+    value, gradient = jax.value_and_grad(lambda z: smooth_part(problem, table, z))(z)
+    value, gradient = value - jnp.dot(problem.linear, z), gradient - problem.linear
+    for k, (w, s) in enumerate(zip(problem.weights, problem.exponents, strict=True)):
+        sums = log_sums(problem, table, k, z)
+        value = value + w * sums.total
+        gradient = gradient + w * s * (jnp.exp(sums.out) - jnp.exp(sums.into))
+    return value, gradient
+
+
+def _alive(
+    table: Table, slopes: jax.Array, linear: jax.Array, masses: tuple[Masses, ...]
+) -> jax.Array:
+    """The neurons for which F grows in both directions: those with both kinds of mass."""
+    rising, falling = jnp.zeros_like(linear), jnp.zeros_like(linear)
+    for slope, term in zip(slopes, masses, strict=True):
+        present = (term.logs > -jnp.inf).astype(linear.dtype)
+        out, into = (jnp.minimum(side, 1) for side in blocks.collect(table, present))
+        up, down = jnp.where(slope > 0, out, into), jnp.where(slope > 0, into, out)
+        rising, falling = rising + jnp.abs(slope) * up, falling + jnp.abs(slope) * down
+    return (rising > jnp.maximum(linear, 0)) & (falling > jnp.maximum(-linear, 0))

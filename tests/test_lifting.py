@@ -1,0 +1,415 @@
+"""Path lifting against paths enumerated one by one, and against what it must be by theory."""
+
+import inspect
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from path_oracle import Network
+
+import pathcond_jax as pathcond
+
+# float64 sums of up to thousands of products.
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)])
+
+
+@st.composite
+def networks(draw):
+    """A random directed acyclic graph of layers with at most a few thousand paths."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    # Few widths: operations compile once per shape.
+    net = Network(draw(st.integers(1, 2)), rng)
+    zeros = draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
+    for _ in range(draw(st.integers(1, 7))):
+        sources = range(len(net.vectors))
+        source = draw(st.sampled_from(sources))
+        width = len(net.vectors[source])
+        alike = [k for k in sources if len(net.vectors[k]) == width]
+        square = [k for k, shape in enumerate(net.leaves) if shape == (width, width)]
+        short = [k for k in sources if width + len(net.vectors[k]) <= 4]
+        steps = ["dense", "dense", "relu", "scale", "frozen", "add", "sub"]
+        steps += ["concatenate"] * bool(short)
+        steps += ["max", "mean"] * (width % 2 == 0) + ["again"] * bool(square)
+        match draw(st.sampled_from(steps)):
+            case "dense":
+                net.dense(source, draw(st.integers(1, 2)), draw(st.booleans()), zeros)
+            case "again":
+                net.again(source, draw(st.sampled_from(square)))
+            case "relu":
+                net.relu(source)
+            case "scale" | "frozen" as kind:
+                net.scale(source, kind == "frozen")
+            case "add" | "sub" as kind:
+                net.add(source, draw(st.sampled_from(alike)), kind == "sub")
+            case "concatenate":
+                net.concatenate(source, draw(st.sampled_from(short)))
+            case kind:
+                net.pool(source, kind)
+    net.dense(len(net.vectors) - 1, draw(st.integers(1, 2)), draw(st.booleans()), zeros)
+    hypothesis.assume(net.count() <= 2000)
+    return net
+
+
+@pytest.mark.usefixtures("x64")
+@hypothesis.settings(max_examples=250)
+@hypothesis.given(net=networks())
+def test_equals_the_enumerated_paths(net):
+    params, x = net.params(), jnp.ones((1, net.inputs))
+    phi, jacobian = net.lifting()
+    gram = jacobian.T @ jacobian
+    # Each network is new: compiling it would cost more than running it.
+    with jax.disable_jit():
+        spec = pathcond.trace_spec(net.apply, params, x)
+        diagonal = flat(pathcond.gram_diagonal(params, spec))
+        matrix = pathcond.gram_matrix(params, spec)
+        norms = [pathcond.path_norm(params, spec, order) for order in (1, 2)]
+        found = pathcond.lifted(params, spec)
+    np.testing.assert_allclose(norms, [abs(phi).sum(), np.linalg.norm(phi)], **EXACT)
+    np.testing.assert_allclose(diagonal, np.diag(gram), **EXACT)
+    np.testing.assert_allclose(matrix, gram, **EXACT)
+    np.testing.assert_allclose(np.sort(found), np.sort(phi), **EXACT)
+    assert ((diagonal == 0) == (np.diag(gram) == 0)).all()
+
+
+def draw_mlp(widths, seed=0, scale=1.0, biases=True):
+    rng = np.random.default_rng(seed)
+    params = {}
+    for k, (n, m) in enumerate(zip(widths, widths[1:], strict=False)):
+        layer = {"kernel": jnp.asarray(scale * rng.normal(size=(n, m)) / np.sqrt(n))}
+        if biases:
+            layer["bias"] = jnp.asarray(scale * rng.normal(size=m))
+        params[f"layer{k:04d}"] = layer
+    return params, pathcond.chain_spec(params, sorted(params))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("widths", [(2, 3, 2), (3, 4, 3, 2), (2, 3, 3, 3, 1)])
+def test_rank_of_the_gram_matrix_is_p_minus_h(widths):
+    params, spec = draw_mlp(widths)
+    values = np.linalg.eigvalsh(pathcond.gram_matrix(params, spec))
+    assert (values > 1e-9 * values[-1]).sum() == spec.num_parameters - spec.num_neurons
+
+
+def euler(params, spec):
+    """Σ θ² g into and out of every neuron."""
+    gram = pathcond.gram_diagonal(params, spec)
+    mass = jax.tree.map(lambda x, g: np.asarray(x) ** 2 * np.asarray(g), params, gram)
+    by_path = {
+        leaf.path: np.asarray(m) for leaf, m in zip(spec.leaves, jax.tree.leaves(mass), strict=True)
+    }
+    sides = []
+    for group in spec.groups:
+        for incidences in (group.incoming, group.outgoing):
+            side = np.zeros(group.size)
+            for incidence in incidences:
+                rest = tuple(
+                    a for a in range(by_path[incidence.path].ndim) if a not in incidence.axes
+                )
+                summed = by_path[incidence.path].sum(rest)
+                order = np.argsort(np.argsort(incidence.axes))
+                summed = summed.transpose(order) if len(order) > 1 else summed
+                here = incidence.index >= 0
+                np.add.at(side, incidence.index[here], summed[here])
+            sides.append(side)
+    return np.concatenate(sides[::2]), np.concatenate(sides[1::2])
+
+
+@pytest.mark.usefixtures("x64")
+def test_euler_relation():
+    into, out = euler(*draw_mlp((3, 5, 4, 2)))
+    np.testing.assert_allclose(into, out, rtol=1e-12)
+
+
+def log_oracle(params):
+    """Logarithms of g for a chain, in float64 with one logarithm per layer."""
+    layers = [
+        jax.tree.map(lambda x: np.asarray(x, np.float64) ** 2, params[k]) for k in sorted(params)
+    ]
+    x, log = np.ones(layers[0]["kernel"].shape[0]), 0.0
+    entering = []
+    for layer in layers:
+        entering.append((x, log))
+        x = x @ layer["kernel"]
+        # The bias in units of exp(log), which may be far out of range: then it does not count.
+        with np.errstate(over="ignore", under="ignore"):
+            bias = layer.get("bias", 0.0) * np.exp(-log)
+        x = x + bias
+        log += np.log(x.max())
+        x = x / x.max()
+    a, log_a = np.ones(layers[-1]["kernel"].shape[1]), 0.0
+    found = {}
+    for name, layer, (x, log) in zip(
+        sorted(params)[::-1], layers[::-1], entering[::-1], strict=True
+    ):
+        with np.errstate(divide="ignore"):
+            logs = {"kernel": np.log(x)[:, None] + np.log(a)[None] + log + log_a}
+            if "bias" in layer:
+                logs["bias"] = np.log(a) + log_a
+        found[name] = logs
+        a = layer["kernel"] @ a
+        log_a += np.log(a.max())
+        a = a / a.max()
+    return found
+
+
+def initial(kind, depth, width):
+    rng = np.random.default_rng(0)
+    params = {}
+    for k in range(depth):
+        bound = 1 / np.sqrt(width)
+        if kind.startswith("torch"):
+            kernel, bias = (rng.uniform(-bound, bound, s) for s in ((width, width), width))
+        else:
+            gain = 2.0 if kind.startswith("he") else 1.0
+            kernel, bias = rng.normal(size=(width, width)) * np.sqrt(gain / width), np.zeros(width)
+        factor = 10 if kind.endswith("x10") else 1
+        params[f"layer{k:04d}"] = {
+            "kernel": jnp.asarray(factor * kernel, jnp.float32),
+            "bias": jnp.asarray(factor * bias, jnp.float32),
+        }
+    return params
+
+
+DEPTH = 1000
+KINDS = ("torch", "flax", "he", "torch x10", "flax x10", "he x10")
+
+
+@pytest.fixture(scope="module")
+def deep_spec():
+    params = initial("he", DEPTH, 64)
+    return pathcond.chain_spec(params, sorted(params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_depth_1000_in_float32(kind, deep_spec):
+    params = initial(kind, DEPTH, 64)
+    found = pathcond.scaled_gram_diagonal(params, deep_spec)
+    with np.errstate(divide="ignore"):
+        logs = jax.tree.map(
+            lambda m, e: np.log(np.asarray(m, np.float64)) + np.float64(e) * np.log(2.0),
+            found.mantissa,
+            found.exponent,
+        )
+    expected = log_oracle(params)
+    for name, layer in expected.items():
+        for key, value in layer.items():
+            assert found.mantissa[name][key].dtype == jnp.float32
+            np.testing.assert_allclose(logs[name][key], value, rtol=0, atol=1e-4)
+    assert np.isfinite(pathcond.conditioning_score(params, deep_spec))
+    assert np.isfinite(pathcond.path_norm(params, deep_spec, log=True))
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e-3])
+def test_what_leaves_the_range_is_said(scale):
+    params, spec = draw_mlp((8,) * 60, scale=scale, biases=False)
+    with pytest.raises(OverflowError, match="scaled_gram_diagonal"):
+        pathcond.gram_diagonal(params, spec)
+    with pytest.raises(OverflowError, match="log=True"):
+        pathcond.path_norm(params, spec)
+    plain = jax.jit(lambda p: pathcond.gram_diagonal(p, spec))(params)
+    assert set(np.unique(flat(plain))) <= {0.0, np.inf}
+    assert (flat(pathcond.scaled_gram_diagonal(params, spec).mantissa) > 0).all()
+    assert np.isfinite(pathcond.path_norm(params, spec, log=True))
+
+
+def test_extreme_entries():
+    """Weights whose squares leave the range of float32."""
+    params, spec = draw_mlp((2, 3, 2))
+    params["layer0000"] = jax.tree.map(lambda x: x * 1e25, params["layer0000"])
+    params["layer0001"]["kernel"] = params["layer0001"]["kernel"] * 1e-25
+    usual, _ = draw_mlp((2, 3, 2))
+    expected = pathcond.gram_diagonal(usual, spec)
+    found = pathcond.scaled_gram_diagonal(params, spec)
+    for layer, factor in (("layer0000", -50.0), ("layer0001", 50.0)):
+        logs = np.log(found.mantissa[layer]["kernel"]) + found.log_scale[layer]["kernel"]
+        wanted = np.log(expected[layer]["kernel"]) + factor * np.log(10.0)
+        np.testing.assert_allclose(logs, wanted, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_is_computed_in_float32():
+    params, spec = draw_mlp((3, 8, 8, 2))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    found = pathcond.gram_diagonal(half, pathcond.chain_spec(half, sorted(half)))
+    expected = pathcond.gram_diagonal(jax.tree.map(lambda x: x.astype(jnp.float32), half), spec)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-6)
+
+
+def dead_neuron(params):
+    params["layer0001"]["kernel"] = params["layer0001"]["kernel"].at[:, 1].set(0)
+    params["layer0001"]["bias"] = params["layer0001"]["bias"].at[1].set(0)
+
+
+def pruned_layer(params):
+    params["layer0001"]["kernel"] = jnp.zeros_like(params["layer0001"]["kernel"])
+
+
+def zero_last_layer(params):
+    params["layer0003"] = jax.tree.map(jnp.zeros_like, params["layer0003"])
+
+
+def all_zero(params):
+    for name in params:
+        params[name] = jax.tree.map(jnp.zeros_like, params[name])
+
+
+@pytest.mark.parametrize("change", [dead_neuron, pruned_layer, zero_last_layer, all_zero])
+@pytest.mark.parametrize("scale", [1.0, 1e9])
+def test_exact_zeros(change, scale):
+    params, spec = draw_mlp((3, 4, 4, 4, 2))
+    params["layer0000"] = jax.tree.map(lambda x: scale * x, params["layer0000"])
+    change(params)
+    found = pathcond.scaled_gram_diagonal(params, spec)
+    expected = log_oracle_with_zeros(params)
+    for name, layer in expected.items():
+        for key, value in layer.items():
+            mantissa = np.asarray(found.mantissa[name][key], np.float64)
+            exponent = float(found.exponent[name][key])
+            np.testing.assert_allclose(mantissa * 2.0**exponent, value, rtol=1e-5)
+    assert np.isfinite(pathcond.conditioning_score(params, spec))
+    assert not np.isnan(pathcond.path_norm(params, spec))
+
+
+def log_oracle_with_zeros(params):
+    """g of a chain in float64, zeros and all."""
+    layers = [
+        jax.tree.map(lambda x: np.asarray(x, np.float64) ** 2, params[k]) for k in sorted(params)
+    ]
+    values = [np.ones(layers[0]["kernel"].shape[0])]
+    for layer in layers:
+        values.append(values[-1] @ layer["kernel"] + layer["bias"])
+    a, found = np.ones(values[-1].size), {}
+    for name, layer, x in zip(sorted(params)[::-1], layers[::-1], values[-2::-1], strict=True):
+        found[name] = {"kernel": np.outer(x, a), "bias": a}
+        a = layer["kernel"] @ a
+    return found
+
+
+def test_not_a_number_is_not_hidden():
+    params, spec = draw_mlp((2, 3, 2))
+    for bad in (np.nan, np.inf):
+        params["layer0000"]["kernel"] = params["layer0000"]["kernel"].at[0, 0].set(bad)
+        assert not np.isfinite(flat(pathcond.gram_diagonal(params, spec))).all()
+
+
+def test_ensemble_and_recompilation():
+    members = [draw_mlp((3, 8, 8, 2), seed=k)[0] for k in range(3)]
+    _, spec = draw_mlp((3, 8, 8, 2))
+    together = jax.tree.map(lambda *x: jnp.stack(x), *members)
+    traces = []
+
+    @jax.jit
+    def lifted(params):
+        traces.append(1)
+        return jax.vmap(lambda p: pathcond.gram_diagonal(p, spec))(params)
+
+    found = lifted(together)
+    lifted(jax.tree.map(lambda x: x + 1, together))
+    assert len(traces) == 1
+    for k, params in enumerate(members):
+        one = pathcond.gram_diagonal(params, spec)
+        np.testing.assert_allclose(
+            flat(jax.tree.map(lambda x, k=k: x[k], found)), flat(one), rtol=1e-5
+        )
+
+
+def test_bad_calls():
+    params, spec = draw_mlp((2, 3, 2))
+    with pytest.raises(pathcond.SpecError, match="order is 1 or 2"):
+        pathcond.path_norm(params, spec, order=3)
+    wide, wide_spec = draw_mlp((128, 128, 128))
+    with pytest.raises(pathcond.SpecError, match="16384"):
+        pathcond.gram_matrix(wide, wide_spec)
+    with pytest.raises(pathcond.SpecError, match="paths"):
+        pathcond.lifted(wide, wide_spec)
+    bare = pathcond.ArchSpec(spec.groups, spec.leaves, spec.treedef)
+    with pytest.raises(pathcond.SpecError, match="no program"):
+        pathcond.path_norm(params, bare)
+
+
+def line_of(function, text):
+    """The number of the line of ``function`` that contains ``text``."""
+    lines, start = inspect.getsourcelines(function)
+    return start + next(k for k, line in enumerate(lines) if text in line)
+
+
+def softmax(p, x):
+    return jax.nn.softmax(x @ p["w"]) @ p["v"]  # here
+
+
+def gelu(p, x):
+    return jax.nn.gelu(x @ p["w"]) @ p["v"]  # here
+
+
+def layer_norm(p, x):
+    h = x @ p["w"]
+    h = h - h.mean(-1, keepdims=True)
+    h = h * jax.lax.rsqrt((h**2).mean(-1, keepdims=True) + 1e-6)  # here
+    return h @ p["v"]
+
+
+def product_of_signals(p, x):
+    h = x @ p["w"]
+    return (h * jax.nn.relu(h)) @ p["v"]  # here
+
+
+def attention(p, x):
+    h = x @ p["w"]
+    return (h @ h.T) @ h @ p["v"]  # here
+
+
+def relu6(p, x):
+    return jax.nn.relu6(x @ p["w"]) @ p["v"]  # here
+
+
+def divided(p, x):
+    h = x @ p["w"]
+    return (h / h.max(-1, keepdims=True)) @ p["v"]  # here
+
+
+def embedded(p, x):
+    return p["v"][jnp.argmax(x @ p["w"], -1)]  # here
+
+
+def features(p, x):
+    h = x @ p["w"]
+    return (h > 0).astype(h.dtype) @ p["v"]  # here
+
+
+def gain(p, x):
+    h = x @ p["w"]
+    return h * (p["v"][:, :1] * (h.sum() > 0)).T  # here
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "operation"),
+    [
+        (softmax, "exp"),
+        (gelu, "gelu"),
+        (layer_norm, "integer_pow|square"),
+        (product_of_signals, "mul"),
+        (attention, "dot_general"),
+        (relu6, "min in relu6"),
+        (divided, "div"),
+        (embedded, "gather"),
+        (features, "dot_general"),
+        (gain, "mul"),
+    ],
+)
+def test_no_path_lifting(apply_fn, operation):
+    params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 4))}
+    spec = pathcond.trace_spec(apply_fn, params, jnp.ones((2, 3)))
+    line = line_of(apply_fn, "# here")
+    for figure in (pathcond.path_norm, pathcond.gram_diagonal, pathcond.gram_matrix):
+        with pytest.raises(pathcond.NotPathLiftableError) as error:
+            figure(params, spec)
+        assert error.match(rf"({operation}).* at test_lifting.py:{line} \({apply_fn.__name__}\)")
+        assert error.match("criterion")
