@@ -8,6 +8,7 @@ process, so that other processes disturb little.
 """
 
 import argparse
+import itertools
 import time
 
 import jax
@@ -29,7 +30,7 @@ def draw() -> dict:
             "kernel": jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32),
             "bias": jnp.zeros(shape[1]),
         }
-        for k, shape in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))
+        for k, shape in enumerate(itertools.pairwise(SIZES))
     }
 
 

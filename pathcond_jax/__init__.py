@@ -1,9 +1,10 @@
 """Path-conditioned training for JAX: rescaling symmetries, found, lifted, solved and applied."""
 
+from pathcond_jax import criteria
 from pathcond_jax.condensation import condensation_directions, condensed_groups, neuron_orientations
-from pathcond_jax.conservation import conserved_quantities, num_conservation_laws
+from pathcond_jax.conservation import conserved_quantities, num_conservation_laws, rescale_to
 from pathcond_jax.constructions import TWO_LAYER_MODES, triangle_mlp, two_layer_init
-from pathcond_jax.diagnostics import count_linear_pieces_1d
+from pathcond_jax.diagnostics import Report, Representative, count_linear_pieces_1d, report
 from pathcond_jax.early_alignment import alignment, extremal_vectors
 from pathcond_jax.finetuning import (
     mtl_penalty,
@@ -38,6 +39,8 @@ __all__ = [
     "NeuronGroup",
     "NotPathLiftableError",
     "Pinned",
+    "Report",
+    "Representative",
     "ScaledDiagonal",
     "Solution",
     "SpecError",
@@ -54,6 +57,7 @@ __all__ = [
     "conditioning_score",
     "conserved_quantities",
     "count_linear_pieces_1d",
+    "criteria",
     "extremal_vectors",
     "gram_diagonal",
     "gram_matrix",
@@ -69,7 +73,9 @@ __all__ = [
     "recondition",
     "reconditioned",
     "relu_finetuning_penalty",
+    "report",
     "rescale",
+    "rescale_to",
     "round_to_powers_of_two",
     "scale_by_path",
     "scale_network",

@@ -76,7 +76,7 @@ def _descend(
         slope = falling.linear.astype(dtype) + problem.value_and_gradient(rising, table, z)[1]
         if not curved:
             vertex = limit * jnp.sign(slope)
-            return vertex, jnp.zeros((), dtype), rising.finite
+            return vertex, jnp.zeros((), dtype), rising.finite & falling.finite
         tilted = convex._replace(linear=tuple(jnp.split(slope, table.starts[1:-1])))
         parts = tuple(jnp.split(z, table.starts[1:-1]))
         solution = solve(tilted, spec, max_log_scale=limit, initial=parts, **dict(options))

@@ -40,10 +40,10 @@ class Criterion:
         if not isinstance(self, Balance) or not isinstance(other, Balance):
             names = " and ".join(getattr(c, "name", repr(c)) for c in (self, other))
             raise SpecError(f"{names} do not add up: only functions of the log-scales do")
-        one, two = self, other
+        one, two = self.objective, other.objective
         return Balance(
-            f"{one.name} + {two.name}",
-            lambda params, spec: _added(one.objective(params, spec), two.objective(params, spec)),
+            f"{self.name} + {other.name}",
+            lambda params, spec: _added(one(params, spec), two(params, spec)),
         )
 
     def __mul__(self, factor: float | jax.Array) -> "Criterion":
@@ -51,10 +51,11 @@ class Criterion:
             raise SpecError(f"{self.name} is no function of the log-scales: it has no multiples")
         if isinstance(factor, (int, float)) and not factor >= 0:
             raise SpecError(f"{self.name} times {factor} is not convex: the factor is negative")
-        one = self
+        objective = self.objective
+        shown = f"({self.name})" if " + " in self.name else self.name
+        number = f"{factor:g}" if isinstance(factor, (int, float)) else "w"
         return Balance(
-            f"{factor} * {one.name}",
-            lambda params, spec: _scaled(factor, one.objective(params, spec)),
+            f"{number} * {shown}", lambda params, spec: _scaled(factor, objective(params, spec))
         )
 
     __rmul__ = __mul__
@@ -111,8 +112,10 @@ class RangeBalance(Criterion):
         masses, logs = reduction.reduce_masses(
             spec, jax.tree.unflatten(spec.treedef, sizes), reduction.MAX
         )
+        finite = _all_finite(spec, params)
+        masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in masses)
+        term = LogSum(1.0, -1.0, masses, logs)
         given = None if self.incoming is None else self.incoming(spec)
-        term = _poisoned(LogSum(1.0, -1.0, masses, logs), spec, params)
         return ranges.balance_ranges(term, spec, given, self.alpha, **options)
 
 
@@ -140,15 +143,14 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
 
 
 def _poisoned_unless_finite(goal: Objective, spec: ArchSpec, params: PyTree) -> Objective:
-    """A parameter that is not finite makes every number NaN, which solvers report."""
+    """A parameter that is not finite makes the objective NaN, which solvers report."""
+    finite = _all_finite(spec, params)
     return goal._replace(
-        terms=tuple(_poisoned(term, spec, params) for term in goal.terms),
-        concave=tuple(_poisoned(term, spec, params) for term in goal.concave),
+        linear=tuple(jnp.where(finite, jnp.asarray(part), jnp.nan) for part in goal.linear)
     )
 
 
-def _poisoned(term: LogSum, spec: ArchSpec, params: PyTree) -> LogSum:
+def _all_finite(spec: ArchSpec, params: PyTree) -> jax.Array:
     values = match_leaves(spec, params)
     trained = [v for v, leaf in zip(values, spec.leaves, strict=True) if leaf.trainable]
-    finite = jnp.stack([jnp.isfinite(jnp.asarray(v)).all() for v in trained]).all()
-    return term._replace(masses=tuple(jnp.where(finite, mass, jnp.nan) for mass in term.masses))
+    return jnp.stack([jnp.isfinite(jnp.asarray(v)).all() for v in trained]).all()

@@ -44,27 +44,43 @@ class Point(NamedTuple):
 
     Attributes:
       z: (H,) log-scales.
+      value: F.
       gradient: (H,), of F.
       smooth: (H,), its part from the smooth functions.
       terms: the terms.
     """
 
     z: jax.Array
+    value: jax.Array
     gradient: jax.Array
     smooth: jax.Array
     terms: tuple[Term, ...]
 
 
 class State(NamedTuple):
-    """Between two Newton steps; ``decrement`` is that of the last one, λ² = −⟨∇F, d⟩."""
+    """Between two Newton steps.
+
+    Attributes:
+      z: (H,) log-scales.
+      steps: how many were taken.
+      products: passes over the masses.
+      decrement: λ² = −⟨∇F, d⟩ of the last step.
+      done: whether no further step is to follow.
+      converged: whether that is because the tolerance is met.
+      suboptimality: an upper bound of F(z) − min F.
+      measured: F and the norm of its projected gradient at z, once there is no further step.
+      ended: whether these are known.
+    """
 
     z: jax.Array
     steps: jax.Array
     products: jax.Array
     decrement: jax.Array
-    suboptimality: jax.Array
     done: jax.Array
     converged: jax.Array
+    suboptimality: jax.Array
+    measured: tuple[jax.Array, jax.Array]
+    ended: jax.Array
 
 
 def newton(
@@ -76,16 +92,24 @@ def newton(
     rounding keeps from shrinking further. The last step is taken even so.
     """
     table = blocks.table(spec)
-    z = _start(task, spec, z)
-    products = jnp.full((), len(colors(spec).mask), jnp.int32)
     infinity, no = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), bool)
-    start = State(z, jnp.zeros((), jnp.int32), products, infinity, infinity, no, no)
-    end = lax.while_loop(
-        lambda state: (state.steps < max_steps) & ~state.done,
-        lambda state: _step(task, table, tol, state),
-        start,
+    start = State(
+        z=_start(task, spec, z),
+        steps=jnp.zeros((), jnp.int32),
+        products=jnp.full((), len(colors(spec).mask), jnp.int32),
+        decrement=infinity,
+        done=max_steps == 0,
+        converged=no,
+        suboptimality=infinity,
+        measured=(infinity, infinity),
+        ended=no,
     )
-    return Run(end.z, end.steps, end.products, end.converged, end.suboptimality)
+    end = lax.while_loop(
+        lambda state: ~state.ended, lambda state: _step(task, table, max_steps, tol, state), start
+    )
+    return Run(
+        end.z, end.steps, end.products, end.converged, end.suboptimality, *end.measured
+    )
 
 
 def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
@@ -99,7 +123,10 @@ def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
 
 
-def _step(task: Problem, table: Table, tol: jax.Array, state: State) -> State:
+def _step(
+    task: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State
+) -> State:
+    """One step; once no further step is to follow, only measures where it stands."""
     point, diagonal, smooth_product = _evaluate(task, table, state.z)
     z, terms, gradient, total = point.z, point.terms, point.gradient, task.scale
     # Vanishes with the gradient, and keeps neurons with hardly any mass within reach.
@@ -111,7 +138,7 @@ def _step(task: Problem, table: Table, tol: jax.Array, state: State) -> State:
     def curvature(v: jax.Array) -> jax.Array:
         return _hessian_product(task, table, terms, v) + smooth_product(v) + damping * v
 
-    forward = jnp.where(free, gradient, 0)
+    forward = jnp.where(free & ~state.done, gradient, 0)
     size = jnp.sqrt(jnp.sum(forward**2 / diagonal) / total)
     accuracy = jnp.minimum(0.1, jnp.sqrt(size))
     direction, image, inner = _conjugate_gradients(curvature, -forward, diagonal, free, accuracy)
@@ -120,22 +147,25 @@ def _step(task: Problem, table: Table, tol: jax.Array, state: State) -> State:
     decrement = -jnp.sum(forward * direction)
     # Neurons at a face of the box that want to leave it stay; those close to it go there.
     direction = jnp.where(free, direction, -gradient / diagonal)
+    direction = jnp.where(state.done, 0, direction)
     moved, change, halvings = _line_search(task, table, point, direction)
 
-    small = jnp.linalg.norm(task.projected(z, gradient)) <= tol * total
+    norm = jnp.linalg.norm(task.projected(z, gradient))
     noise = (1e3 * jnp.finfo(z.dtype).eps) ** 2 * total
     floor = (decrement >= 0.5 * state.decrement) & (decrement <= noise)
-    converged = small & ((decrement <= tol**2 * total) | floor)
+    converged = (norm <= tol * total) & ((decrement <= tol**2 * total) | floor)
     rounding = jnp.finfo(z.dtype).eps * total
-    bound = jnp.maximum(jnp.minimum(state.suboptimality, bound) + change, rounding)
+    steps = state.steps + jnp.where(state.done, 0, 1)
     return State(
         z=moved,
-        steps=state.steps + 1,
-        products=state.products + 1 + inner + halvings,
+        steps=steps,
+        products=state.products + 1 + jnp.where(state.done, 0, inner + halvings),
         decrement=decrement,
-        suboptimality=bound,
-        done=converged | floor,
-        converged=converged,
+        done=state.done | converged | floor | (steps >= max_steps),
+        converged=jnp.where(state.done, state.converged, converged),
+        suboptimality=jnp.maximum(jnp.minimum(state.suboptimality, bound) + change, rounding),
+        measured=(point.value, norm),
+        ended=state.done,
     )
 
 
@@ -149,6 +179,7 @@ def _evaluate(
         # The mean of its diagonal, from products with random signs.
         signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
         diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
+    value = problem.smooth_part(task, table, z) - jnp.dot(task.linear, z)
     terms, shifts = [], blocks.spread(table, z)
     for w, s, masses in zip(task.weights, task.exponents, task.masses, strict=True):
         exponents = masses.logs + s * shifts
@@ -157,10 +188,11 @@ def _evaluate(
         sums = blocks.products(weights, table, jnp.ones_like(exponents))
         out, into = blocks.collect(table, sums)
         terms.append(Term(total, weights, sums, out - into))
+        value = value + w * total
         gradient = gradient + w * s * (out - into)
         diagonal = diagonal + w * s * s * (out + into)
     smooth, gradient = (jnp.where(task.alive, part, 0) for part in (smooth, gradient))
-    return Point(z, gradient, smooth, tuple(terms)), diagonal, product
+    return Point(z, value, gradient, smooth, tuple(terms)), diagonal, product
 
 
 def _hessian_product(task: Problem, table: Table, terms: tuple[Term, ...], v: jax.Array) -> jax.Array:

@@ -63,14 +63,18 @@ class Run(NamedTuple):
       num_steps: steps or sweeps.
       num_products: passes over the masses.
       converged: whether the method's own test was met.
-      suboptimality: an upper bound of F(z) − min F that the method has found, or inf.
+      suboptimality: an upper bound of F(z) − min F.
+      value: F(z).
+      gradient_norm: the norm of its gradient, projected on the box.
     """
 
     z: jax.Array
     num_steps: jax.Array
     num_products: jax.Array
     converged: jax.Array
-    suboptimality: jax.Array | float = float("inf")
+    suboptimality: jax.Array
+    value: jax.Array
+    gradient_norm: jax.Array
 
 
 class Sums(NamedTuple):
@@ -155,6 +159,13 @@ def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[ja
         value = value + w * sums.total
         gradient = gradient + w * s * (jnp.exp(sums.out) - jnp.exp(sums.into))
     return value, gradient
+
+
+def measured(problem: Problem, table: Table, z: jax.Array) -> tuple[jax.Array, ...]:
+    """The bound of the suboptimality from the slope alone, F and the projected gradient's norm."""
+    value, gradient = value_and_gradient(problem, table, z)
+    norm = jnp.linalg.norm(problem.projected(z, gradient))
+    return problem.reach(z, gradient), value, norm
 
 
 def _alive(

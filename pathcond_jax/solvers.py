@@ -153,18 +153,15 @@ def _solve(
 
 
 def _solution(task: Problem, spec: ArchSpec, run: Run, if_clipped: jax.Array) -> Solution:
-    table, z = blocks.table(spec), run.z
-    value, gradient = problem.value_and_gradient(task, table, z)
-    bound = jnp.minimum(run.suboptimality, task.reach(z, gradient))
-    status = jnp.where(task.bound(z).any(), if_clipped, Status.CONVERGED)
+    status = jnp.where(task.bound(run.z).any(), if_clipped, Status.CONVERGED)
     status = jnp.where(run.converged, status, Status.STEP_LIMIT)
     status = jnp.where(task.finite, status, Status.NON_FINITE)
-    number = functools.partial(lambda finite, x: jnp.where(finite, x, jnp.nan), task.finite)
+    known = jnp.where(task.finite, 0, jnp.nan).astype(run.z.dtype)
     return Solution(
-        log_scales=tuple(jnp.split(z, table.starts[1:-1])),
-        objective=number(value),
-        gradient_norm=number(jnp.linalg.norm(task.projected(z, gradient))),
-        suboptimality=number(bound),
+        log_scales=tuple(jnp.split(run.z, blocks.table(spec).starts[1:-1])),
+        objective=run.value + known,
+        gradient_norm=run.gradient_norm + known,
+        suboptimality=run.suboptimality + known,
         num_steps=run.num_steps,
         num_products=run.num_products,
         status=status.astype(jnp.int32),

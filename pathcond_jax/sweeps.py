@@ -118,7 +118,7 @@ def coordinate(
 
     start = (z, totals, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     z, _, moved, step = lax.while_loop(unfinished, sweep, start)
-    return Run(z, step, step + 1, moved < tol)
+    return Run(z, step, step + 2, moved < tol, *problem.measured(task, table, z))
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,7 +174,8 @@ def block(
 
     start = (z, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     z, moved, step = lax.while_loop(unfinished, body, start)
-    return Run(z, step, step * len(colors(spec).mask), moved < tol)
+    products = step * len(colors(spec).mask) + 1
+    return Run(z, step, products, moved < tol, *problem.measured(task, blocks.table(spec), z))
 
 
 def block_sweep(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:

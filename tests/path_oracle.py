@@ -17,6 +17,45 @@ class Edge(NamedTuple):
     constant: float
 
 
+def count_paths(edges: list[list[Edge] | None], outputs: list[int]) -> int:
+    """The number of paths; ``edges`` lists what enters each node, None for an input."""
+    counts: list[int] = []
+    for entering in edges:
+        sources = [None] if entering is None else [edge.source for edge in entering]
+        counts.append(sum(1 if source is None else counts[source] for source in sources))
+    return sum(counts[node] for node in outputs)
+
+
+def list_paths(edges: list[list[Edge] | None], outputs: list[int]) -> list[tuple[float, Counter]]:
+    """Every path: its constant and how often each parameter is met."""
+    found = []
+    for node in outputs:
+        pending: list[tuple[int | None, float, tuple[int, ...]]] = [(node, 1.0, ())]
+        while pending:
+            here, constant, met = pending.pop()
+            if here is None or edges[here] is None:
+                found.append((constant, Counter(met)))
+                continue
+            for edge in edges[here]:
+                more = met if edge.parameter is None else (*met, edge.parameter)
+                pending.append((edge.source, constant * edge.constant, more))
+    return found
+
+
+def brute_force(
+    edges: list[list[Edge] | None], outputs: list[int], theta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Φ and ∂Φ/∂θ, path by path."""
+    paths = list_paths(edges, outputs)
+    phi = np.array([c * math.prod(theta[i] ** k for i, k in met.items()) for c, met in paths])
+    jacobian = np.zeros((len(paths), len(theta)))
+    for row, (c, met) in zip(jacobian, paths, strict=True):
+        for i, k in met.items():
+            others = math.prod(theta[j] ** m for j, m in met.items() if j != i)
+            row[i] = c * k * theta[i] ** (k - 1) * others
+    return phi, jacobian
+
+
 class Network:
     """A network of vectors, built layer by layer, as a JAX program and as a graph of scalars.
 
@@ -133,36 +172,6 @@ class Network:
             vectors.append(v)
         return vectors[-1]
 
-    def count(self) -> int:
-        """The number of paths, zero weights included."""
-        counts: list[int] = []
-        for edges in self.edges:
-            entering = edges if edges is not None else [Edge(None, None, 1.0)]
-            counts.append(sum(1 if e.source is None else counts[e.source] for e in entering))
-        return sum(counts[n] for n in self.vectors[-1])
-
-    def paths(self) -> list[tuple[float, Counter]]:
-        """Every path: its constant and how often each parameter is met."""
-        found = []
-        for node in self.vectors[-1]:
-            pending: list[tuple[int | None, float, tuple[int, ...]]] = [(node, 1.0, ())]
-            while pending:
-                here, constant, met = pending.pop()
-                if here is None or self.edges[here] is None:
-                    found.append((constant, Counter(met)))
-                    continue
-                for edge in self.edges[here]:
-                    more = met if edge.parameter is None else (*met, edge.parameter)
-                    pending.append((edge.source, constant * edge.constant, more))
-        return found
-
-    def lifting(self) -> tuple[np.ndarray, np.ndarray]:
-        """Φ and ∂Φ/∂θ, in the order of ``paths``."""
-        theta, paths = np.array(self.values), self.paths()
-        phi = np.array([c * math.prod(theta[i] ** k for i, k in met.items()) for c, met in paths])
-        jacobian = np.zeros((len(paths), len(theta)))
-        for row, (c, met) in zip(jacobian, paths, strict=True):
-            for i, k in met.items():
-                others = math.prod(theta[j] ** m for j, m in met.items() if j != i)
-                row[i] = c * k * theta[i] ** (k - 1) * others
-        return phi, jacobian
+    def brute_force(self) -> tuple[np.ndarray, np.ndarray]:
+        """Φ and ∂Φ/∂θ, path by path."""
+        return brute_force(self.edges, self.vectors[-1], np.array(self.values))

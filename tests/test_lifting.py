@@ -1,6 +1,8 @@
 """Path lifting against paths enumerated one by one, and against what it must be by theory."""
 
+import functools
 import inspect
+from typing import NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from path_oracle import Network
+from path_oracle import Edge, Network, brute_force
 
 import pathcond_jax as pathcond
 
@@ -20,62 +22,195 @@ def flat(tree):
     return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)])
 
 
+INPUTS, NODES, OUTPUTS = 2, 7, 2
+
+
+def any_graph(tree, x):
+    """A directed acyclic graph on ``NODES`` scalars, whatever its edges: they are in ``tree``.
+
+    A node is the sum over frozen edges, weights and a bias, under a ReLU, times a scale that is
+    trained or frozen. Frozen edges of weight 1 are skips, or pooling.
+    """
+    params, frozen = tree["params"], tree["frozen"]
+    h, weights = x, params["weight"] * frozen["has_weight"]
+    for k, j in enumerate(range(INPUTS, NODES)):
+        y = h @ frozen["edge"][:j, j : j + 1] + h @ weights[:j, j : j + 1]
+        y = jax.nn.relu(y + (params["bias"] * frozen["has_bias"])[k])
+        scale = jnp.where(frozen["has_scale"][k], params["scale"][k], frozen["scale"][k])
+        h = jnp.concatenate([h, y * scale], 1)
+    return h[:, -OUTPUTS:]
+
+
 @st.composite
-def networks(draw):
-    """A random directed acyclic graph of layers with at most a few thousand paths."""
+def graphs(draw):
+    """The values of ``any_graph`` and its edges."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    # Few widths: operations compile once per shape.
-    net = Network(draw(st.integers(1, 2)), rng)
-    zeros = draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
-    for _ in range(draw(st.integers(1, 7))):
-        sources = range(len(net.vectors))
-        source = draw(st.sampled_from(sources))
+    chance = {
+        key: draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])) for key in ("edge", "weight", "node")
+    }
+    unit = draw(st.booleans())
+    zeros = draw(st.sampled_from([0.0, 0.0, 0.3]))
+    hidden, square = NODES - INPUTS, (NODES, NODES)
+    edge = np.where(
+        rng.random(square) < chance["edge"], 1.0 if unit else rng.normal(size=square), 0
+    )
+    has_weight = rng.random(square) < chance["weight"]
+    has_bias, has_scale = rng.random((2, hidden)) < chance["node"]
+    values = rng.normal(size=NODES * NODES + 2 * hidden)
+    values *= rng.random(values.size) >= zeros
+    # In the order of the flattened tree.
+    bias, scale, weight = np.split(np.arange(values.size), [hidden, 2 * hidden])
+    edges = [None] * INPUTS
+    fixed = rng.normal(size=hidden)
+    for k, j in enumerate(range(INPUTS, NODES)):
+        entering = [Edge(i, None, edge[i, j]) for i in range(j) if edge[i, j]]
+        weighted = np.flatnonzero(has_weight[:j, j])
+        entering += [Edge(int(i), int(weight[i * NODES + j]), 1.0) for i in weighted]
+        entering += [Edge(None, int(bias[k]), 1.0)] * bool(has_bias[k])
+        own = int(scale[k]) if has_scale[k] else None
+        edges.append(Scaled(entering, own, 1.0 if has_scale[k] else fixed[k]))
+    tree = {
+        "params": {
+            "bias": values[bias],
+            "scale": values[scale],
+            "weight": values[weight].reshape(square),
+        },
+        "frozen": {
+            "edge": edge,
+            "has_weight": has_weight.astype(float),
+            "has_bias": has_bias.astype(float),
+            "has_scale": has_scale,
+            "scale": fixed,
+        },
+    }
+    return tree, edges, values
+
+
+@functools.cache
+def figures_of_any_graph():
+    shapes = {
+        "params": {"bias": (5,), "scale": (5,), "weight": (7, 7)},
+        "frozen": {"edge": (7, 7), "has_weight": (7, 7), "has_bias": (5,), "scale": (5,)},
+    }
+    tree = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    tree["frozen"]["has_scale"] = jnp.zeros(5, bool)
+    spec = pathcond.trace_spec(any_graph, tree, jnp.ones((1, INPUTS)))
+    return jax.jit(lambda tree: figures(tree, spec))
+
+
+def figures(params, spec):
+    """All that is known of a network's paths."""
+    norms = [pathcond.path_norm(params, spec, order) for order in (1, 2)]
+    diagonal = [
+        leaf.reshape(-1)
+        for leaf, about in zip(
+            jax.tree.leaves(pathcond.gram_diagonal(params, spec)), spec.leaves, strict=True
+        )
+        if about.trainable
+    ]
+    matrix = pathcond.gram_matrix(params, spec)
+    return norms, jnp.concatenate(diagonal), matrix, pathcond.lifted(params, spec)
+
+
+def compare(found, phi, jacobian):
+    norms, diagonal, matrix, lifted = map(np.asarray, found)
+    gram = jacobian.T @ jacobian
+    np.testing.assert_allclose(norms, [abs(phi).sum(), np.linalg.norm(phi)], **EXACT)
+    np.testing.assert_allclose(diagonal, np.diag(gram), **EXACT)
+    np.testing.assert_allclose(matrix, gram, **EXACT)
+    assert ((diagonal == 0) == (np.diag(gram) == 0)).all()
+    # Edges that a graph has not are factors 0 of the traced program.
+    np.testing.assert_allclose(np.sort(lifted[lifted != 0]), np.sort(phi[phi != 0]), **EXACT)
+
+
+@pytest.mark.usefixtures("x64")
+@hypothesis.settings(
+    max_examples=250, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(graph=graphs())
+def test_equals_the_enumerated_paths(graph):
+    tree, edges, values = graph
+    # One program for all graphs compiles once.
+    found = figures_of_any_graph()(tree)
+    compare(found, *brute_force(*flattened(edges), values))
+
+
+class Scaled(NamedTuple):
+    """A node whose sum is multiplied by a parameter or a constant."""
+
+    entering: list[Edge]
+    parameter: int | None
+    constant: float
+
+
+def flattened(nodes):
+    """The edges of a graph with a node for each sum and one for its scaled value."""
+    edges, place = [], []
+    for node in nodes:
+        if node is not None:
+            here = [
+                edge if edge.source is None else edge._replace(source=place[edge.source])
+                for edge in node.entering
+            ]
+            edges.append(here)
+            edges.append([Edge(len(edges) - 1, node.parameter, node.constant)])
+        else:
+            edges.append(None)
+        place.append(len(edges) - 1)
+    return edges, place[-OUTPUTS:]
+
+
+def random_network(seed):
+    """Layers of every kind at random, weights used twice among them."""
+    rng = np.random.default_rng(seed)
+    net = Network(2, rng)
+    for _ in range(7):
+        source = int(rng.integers(len(net.vectors)))
         width = len(net.vectors[source])
-        alike = [k for k in sources if len(net.vectors[k]) == width]
+        alike = [k for k, nodes in enumerate(net.vectors) if len(nodes) == width]
         square = [k for k, shape in enumerate(net.leaves) if shape == (width, width)]
-        short = [k for k in sources if width + len(net.vectors[k]) <= 4]
-        steps = ["dense", "dense", "relu", "scale", "frozen", "add", "sub"]
-        steps += ["concatenate"] * bool(short)
+        steps = ["dense", "relu", "scale", "frozen", "add", "sub", "concatenate"]
         steps += ["max", "mean"] * (width % 2 == 0) + ["again"] * bool(square)
-        match draw(st.sampled_from(steps)):
+        match str(rng.choice(steps)):
             case "dense":
-                net.dense(source, draw(st.integers(1, 2)), draw(st.booleans()), zeros)
+                net.dense(source, int(rng.integers(1, 4)), bool(rng.integers(2)))
             case "again":
-                net.again(source, draw(st.sampled_from(square)))
+                net.again(source, int(rng.choice(square)))
             case "relu":
                 net.relu(source)
             case "scale" | "frozen" as kind:
                 net.scale(source, kind == "frozen")
             case "add" | "sub" as kind:
-                net.add(source, draw(st.sampled_from(alike)), kind == "sub")
+                net.add(source, int(rng.choice(alike)), kind == "sub")
             case "concatenate":
-                net.concatenate(source, draw(st.sampled_from(short)))
+                net.concatenate(source, int(rng.integers(len(net.vectors))))
             case kind:
                 net.pool(source, kind)
-    net.dense(len(net.vectors) - 1, draw(st.integers(1, 2)), draw(st.booleans()), zeros)
-    hypothesis.assume(net.count() <= 2000)
+    net.dense(len(net.vectors) - 1, 2, True)
     return net
 
 
 @pytest.mark.usefixtures("x64")
-@hypothesis.settings(max_examples=250)
-@hypothesis.given(net=networks())
-def test_equals_the_enumerated_paths(net):
-    params, x = net.params(), jnp.ones((1, net.inputs))
-    phi, jacobian = net.lifting()
-    gram = jacobian.T @ jacobian
-    # Each network is new: compiling it would cost more than running it.
-    with jax.disable_jit():
-        spec = pathcond.trace_spec(net.apply, params, x)
-        diagonal = flat(pathcond.gram_diagonal(params, spec))
-        matrix = pathcond.gram_matrix(params, spec)
-        norms = [pathcond.path_norm(params, spec, order) for order in (1, 2)]
-        found = pathcond.lifted(params, spec)
-    np.testing.assert_allclose(norms, [abs(phi).sum(), np.linalg.norm(phi)], **EXACT)
-    np.testing.assert_allclose(diagonal, np.diag(gram), **EXACT)
-    np.testing.assert_allclose(matrix, gram, **EXACT)
-    np.testing.assert_allclose(np.sort(found), np.sort(phi), **EXACT)
-    assert ((diagonal == 0) == (np.diag(gram) == 0)).all()
+@pytest.mark.parametrize("seed", range(12))
+def test_layers_of_every_kind(seed):
+    net = random_network(seed)
+    params = net.params()
+    spec = pathcond.trace_spec(net.apply, params, jnp.ones((1, net.inputs)))
+    found = jax.jit(lambda p: figures(p, spec))(params)
+    compare(found, *net.brute_force())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_weight_met_more_than_once(times):
+    net = Network(2, np.random.default_rng(times))
+    net.dense(0, 2, True)
+    for k in range(1, times + 1):
+        net.relu(2 * k - 1)
+        net.again(2 * k, 0)
+    params = net.params()
+    spec = pathcond.trace_spec(net.apply, params, jnp.ones((1, net.inputs)))
+    compare(jax.jit(lambda p: figures(p, spec))(params), *net.brute_force())
 
 
 def draw_mlp(widths, seed=0, scale=1.0, biases=True):

@@ -1,6 +1,6 @@
-"""Early alignment: three points that a two-layer ReLU network fits, or cannot, by its initial scale.
+"""Early alignment: three points that a two-layer network fits or not, by its initial scale.
 
-From a small initialization all active neurons turn to the one extremal direction before they grow;
+From a small initialization all active neurons turn to the extremal direction before they grow;
 the network stays linear on the data and training ends at least squares. From a large one it fits.
 """
 
@@ -112,7 +112,10 @@ def plot(results: list[Result], angle: float) -> Figure:
     losses.set(xlabel="step", ylabel="loss", xscale="log", yscale="log", ylim=(1e-9, 2))
     functions.set(xlabel="x", ylabel="output at the end")
     directions.set(
-        xlabel="step", ylabel="direction (degrees)", xscale="log", title="active neurons, scale 1e-4"
+        xlabel="step",
+        ylabel="direction (degrees)",
+        xscale="log",
+        title="active neurons, scale 1e-4",
     )
     drawing.legend_below(figure, axes[0])
     return figure

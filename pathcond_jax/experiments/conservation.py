@@ -64,7 +64,14 @@ def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
 
 def report(results: list[Result]) -> Report:
     """The drift against the learning rate, and the trajectories."""
-    heads = ("start", "learning\nrate", "final\nloss", "drift", "drift\n/ rate", "off the\nprediction")
+    heads = (
+        "start",
+        "learning\nrate",
+        "final\nloss",
+        "drift",
+        "drift\n/ rate",
+        "off the\nprediction",
+    )
     rows = []
     for result in results:
         rate, values = result.settings["learning_rate"], result.values

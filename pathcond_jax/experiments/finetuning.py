@@ -124,9 +124,7 @@ def _descend(
     return np.asarray(coefficients(trained)), float(loss(trained))
 
 
-def _least(
-    inputs: np.ndarray, targets: np.ndarray, aux: np.ndarray, readout: float
-) -> np.ndarray:
+def _least(inputs: np.ndarray, targets: np.ndarray, aux: np.ndarray, readout: float) -> np.ndarray:
     """The coefficients that fit with the least penalty."""
     particular = np.linalg.lstsq(inputs, targets)[0]
     null = jnp.asarray(np.linalg.svd(inputs)[2][len(inputs) :].T)

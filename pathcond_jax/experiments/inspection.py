@@ -132,6 +132,8 @@ def _show(
         values = np.asarray(z, np.float64)
         lines.append(f"  {group.name:<{width}}  {values.min():+.3f} … {values.max():+.3f}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    table = str(pathcond.report(params, spec))
+    console.print(f"\n{table}", highlight=False, markup=False, soft_wrap=True)
     if picture is not None:
         plotting.plot_gram(params, spec, conditioned).savefig(picture, dpi=150)
         console.print(f"\nWrote {picture}", highlight=False, soft_wrap=True)

@@ -27,6 +27,11 @@ STUDIES = {
     "moons": "small MLPs on two moons",
     "timing": "what conditioning costs",
     "helps": "whether conditioning helps, at every method's own best learning rate",
+    "conservation": "what rescaling chooses and training keeps, neuron by neuron",
+    "alignment": "a small initialization that never fits three points",
+    "condensation": "tanh neurons that gather on one line, as predicted",
+    "triangle": "networks with exponentially many linear pieces learn x³",
+    "finetuning": "the penalty that gradient descent minimizes after pretraining",
 }
 
 

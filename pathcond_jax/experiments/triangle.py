@@ -5,6 +5,7 @@ trained first, then the weights themselves; against the same network from Kaimin
 and against the triangle network conditioned before its weights are trained.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -120,7 +121,7 @@ def _triangle(shape: dict[str, jax.Array]) -> Any:
 def _kaiming(key: jax.Array) -> Any:
     sizes = [1, *[WIDTH] * DEPTH, 1]
     params = {}
-    for k, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for k, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         key, own = jax.random.split(key)
         kernel = jax.random.normal(own, (inputs, outputs)) * np.sqrt(2 / inputs)
         params[f"layer_{k}"] = {"kernel": kernel, "bias": jnp.zeros(outputs)}
