@@ -11,7 +11,7 @@ from jax import lax
 from pathcond_jax import blocks, problem
 from pathcond_jax.reduction import Objective
 from pathcond_jax.solvers import Solution, Status, solve
-from pathcond_jax.spec import ArchSpec, SpecError
+from pathcond_jax.spec import ArchSpec, SpecError, no_neuron
 
 _MOST_ROUNDS = 50
 
@@ -44,7 +44,7 @@ def solve_difference(
       Yuille, Rangarajan, *The concave-convex procedure*, Neural Computation, 2003.
     """
     if not spec.num_neurons:
-        raise SpecError("no neuron to rescale: the spec has no groups")
+        raise SpecError(no_neuron(spec))
     limits = [bound for bound in (objective.limit, max_log_scale) if bound is not None]
     if not limits:
         raise SpecError("an objective with concave terms needs a box")

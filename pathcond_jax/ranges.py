@@ -11,7 +11,7 @@ from pathcond_jax import blocks
 from pathcond_jax.blocks import Masses, Table
 from pathcond_jax.reduction import LogSum
 from pathcond_jax.solvers import Solution, Status
-from pathcond_jax.spec import ArchSpec, SpecError, compute_dtype
+from pathcond_jax.spec import ArchSpec, SpecError, compute_dtype, no_neuron
 from pathcond_jax.sweeps import colors
 
 _TOLERANCE = {32: 1e-5, 64: 1e-10}
@@ -50,7 +50,7 @@ def balance_ranges(
     if others:
         raise SpecError(f"ranges are balanced by sweeps, which have no option {min(others)!r}")
     if not spec.num_neurons:
-        raise SpecError("no neuron to rescale: the spec has no groups")
+        raise SpecError(no_neuron(spec))
     return _balance(term, given, initial, max_steps, tol, max_log_scale, alpha, spec=spec)
 
 

@@ -13,7 +13,7 @@ from pathcond_jax import blocks, newton, problem, sweeps
 from pathcond_jax.lifting import ScaledDiagonal
 from pathcond_jax.problem import Problem, Run
 from pathcond_jax.reduction import Objective, path_objective
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves, no_neuron
 
 
 class Status(enum.IntEnum):
@@ -87,7 +87,7 @@ def solve(
     if chosen is None:
         raise SpecError(f"unknown method {method!r}; there are {', '.join(map(repr, METHODS))}")
     if not spec.num_neurons:
-        raise SpecError("no neuron to rescale: the spec has no groups")
+        raise SpecError(no_neuron(spec))
     limit = max_log_scale
     if isinstance(gram, Objective):
         _check_objective(gram, method)

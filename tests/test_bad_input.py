@@ -210,7 +210,8 @@ class TestNoNeuron:
     def test_solve(self):
         params = {"w": jnp.ones((4, 3)), "v": jnp.ones((3, 2))}
         spec = pathcond.trace_spec(lambda p, x: jax.nn.sigmoid(x @ p["w"]) @ p["v"], params, x)
-        assert_says(refusal(pathcond.solve, params, spec), "no neuron to rescale")
+        message = refusal(pathcond.solve, params, spec)
+        assert_says(message, "no neuron to rescale", "sigmoid", f"{HERE}:", "such as relu")
 
     def test_one_layer(self):
         params = {"w": jnp.ones((4, 3))}
