@@ -65,7 +65,9 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         "entries": spec.num_parameters,
         "trace": time.perf_counter() - start,
     }
-    gram, row["gram compile"] = compiled(lambda v: pathcond.scaled_gram_diagonal(v, spec), variables)
+    gram, row["gram compile"] = compiled(
+        lambda v: pathcond.scaled_gram_diagonal(v, spec), variables
+    )
     diagonal = gram(variables)
     row["gram"] = seconds(lambda: gram(variables), repeats)
     for key, options in SOLVES.items():
@@ -128,7 +130,7 @@ def reference(name: str, checkout: Path, repeats: int) -> dict[str, float]:
         model = makers[name]()
         _load(model, variables)
         start = time.perf_counter()
-        scales, z = rescaling_polyn.optimize_rescaling_polynomial(
+        scales, _z = rescaling_polyn.optimize_rescaling_polynomial(
             model, n_iter=10, tol=1e-2, resnet=name == "resnet18c"
         )
         rescaling_polyn.reweight_model_inplace(model, scales)
@@ -184,11 +186,19 @@ def main() -> None:
                     f"reference / condition {key}": row["reference"] / row[f"condition {key}"]
                     for key in SOLVES
                 }
-        row["peak memory of the process, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        row["peak memory of the process, MB"] = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        )
         rows[name] = row
         print(f"\n{name}")
         for key, value in row.items():
-            shown = f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+            shown = (
+                f"{value:.6g}"
+                if isinstance(value, float)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else value
+            )
             print(f"  {key:32} {shown}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -133,13 +133,17 @@ def main() -> None:
     options = parser.parse_args()
     figures: dict[str, dict[str, float]] = {}
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, median of {options.repeats}")
-    print(f"{'model':10}{'entries':>12}{'grad ms':>10}{'lifting ms':>12}{'ratio':>7}{'compile s':>11}")
+    print(
+        f"{'model':10}{'entries':>12}{'grad ms':>10}{'lifting ms':>12}{'ratio':>7}{'compile s':>11}"
+    )
     for name in options.models:
         variables, spec, gradient, lifted = prepared(*MODELS[name])
         jax.block_until_ready(gradient(variables))
         seconds = compiled(lifted, variables)
         one, two = in_turns(
-            options.repeats, lambda g=gradient, v=variables: g(v), lambda g=lifted, v=variables: g(v)
+            options.repeats,
+            lambda g=gradient, v=variables: g(v),
+            lambda g=lifted, v=variables: g(v),
         )
         print(
             f"{name:10}{spec.num_parameters:12,}{1e3 * one:10.2f}{1e3 * two:12.2f}{two / one:7.2f}"

@@ -131,9 +131,11 @@ def train_step(network: Network) -> Callable[..., Any]:
         rest = {key: value for key, value in variables.items() if key != "params"}
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, updated = model.apply(
-                {**rest, "params": params}, x, mutable=list(rest) or False
-            ) if rest else (model.apply({"params": params}, x), {})
+            logits, updated = (
+                model.apply({**rest, "params": params}, x, mutable=list(rest) or False)
+                if rest
+                else (model.apply({"params": params}, x), {})
+            )
             picked = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)
             return -picked.mean(), updated
 

@@ -3,8 +3,9 @@
 A criterion is reduced to (batch, rows, cols) arrays of masses whose entries feel the log-scales
 of their row plus those of their column. Here such arrays are stacked by shape, all their rows and
 columns are numbered as *positions*, and B z, Bᵀ w and the sums of ``mass · exp(s (Bz))`` over
-rows and columns become a gather, a segment sum and matrix-vector products. Masses are kept equilibrated, in [0, 1] beside the logarithms of a factor
-per row and per column, so that networks of any depth stay inside float32.
+rows and columns become a gather, a segment sum and matrix-vector products. Masses are kept
+equilibrated, in [0, 1] beside the logarithms of a factor per row and per column, so that networks
+of any depth stay inside float32.
 """
 
 import functools
@@ -106,9 +107,7 @@ def table(spec: ArchSpec) -> Table:
 
 
 def equilibrate(term: LogSum, table: Table, dtype: jnp.dtype, valid: jax.Array) -> Masses:
-    """Stacks the masses of a term, all zero unless ``valid``, and divides out the largest of
-    each row, then of each column.
-    """
+    """Stacks a term's masses, 0 unless ``valid``, divided by their rows' and columns' largest."""
     stacks = [_equilibrated(*_stack(term, stack, dtype), valid) for stack in table.stacks]
     logs = [(rows, cols) for _, rows, cols in stacks]
     return Masses(tuple(values for values, _, _ in stacks), join(logs))
@@ -240,7 +239,9 @@ def _stack(term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype) -> tuple[ja
             values = values[piece.picked][None, :, None]
         parts.append(values)
         logs.append(jnp.broadcast_to(term.log_scales[piece.block].astype(dtype), piece.shape[:1]))
-    return (jnp.concatenate(parts), jnp.concatenate(logs)) if len(parts) > 1 else (parts[0], logs[0])
+    return (
+        (jnp.concatenate(parts), jnp.concatenate(logs)) if len(parts) > 1 else (parts[0], logs[0])
+    )
 
 
 def _equilibrated(

@@ -235,7 +235,7 @@ def _by_tracing() -> dict[str, Any]:
         lambda x: jax.lax.split(x, (1, 1)),
         jax.jit(lambda x: x + 1),
         lambda x: jax.lax.optimization_barrier(x),
-        lambda x: jax.lax.clamp(0.0, x, 1.0),
+        lambda x: jax.lax.clamp(x, x, x),
         lambda x: jax.lax.square(x),
         jax.lax.stop_gradient,
     )

@@ -107,9 +107,7 @@ def newton(
     end = lax.while_loop(
         lambda state: ~state.ended, lambda state: _step(task, table, max_steps, tol, state), start
     )
-    return Run(
-        end.z, end.steps, end.products, end.converged, end.suboptimality, *end.measured
-    )
+    return Run(end.z, end.steps, end.products, end.converged, end.suboptimality, *end.measured)
 
 
 def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
@@ -123,9 +121,7 @@ def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
 
 
-def _step(
-    task: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State
-) -> State:
+def _step(task: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State) -> State:
     """One step; once no further step is to follow, only measures where it stands."""
     point, diagonal, smooth_product = _evaluate(task, table, state.z)
     z, terms, gradient, total = point.z, point.terms, point.gradient, task.scale
@@ -195,7 +191,9 @@ def _evaluate(
     return Point(z, value, gradient, smooth, tuple(terms)), diagonal, product
 
 
-def _hessian_product(task: Problem, table: Table, terms: tuple[Term, ...], v: jax.Array) -> jax.Array:
+def _hessian_product(
+    task: Problem, table: Table, terms: tuple[Term, ...], v: jax.Array
+) -> jax.Array:
     """``Σ_k w_k s_k² (Bᵀ diag(W) B − m mᵀ) v``, m the mean of the rows of B under W."""
     shifts, result = blocks.spread(table, v), jnp.zeros_like(v)
     for w, s, term in zip(task.weights, task.exponents, terms, strict=True):
@@ -327,16 +325,14 @@ def _expm1_rest(x: jax.Array) -> jax.Array:
 
 
 def _log1p_rest(x: jax.Array) -> jax.Array:
-    """x − log(1 + x)."""
+    """X − log(1 + x)."""
     series = jnp.zeros_like(x)
     for k in range(14, 1, -1):
         series = 1 / k - series * x
     return jnp.where(jnp.abs(x) < 0.1, series * x * x, x - jnp.log1p(x))
 
 
-def _held(
-    task: Problem, z: jax.Array, gradient: jax.Array, diagonal: jax.Array
-) -> jax.Array:
+def _held(task: Problem, z: jax.Array, gradient: jax.Array, diagonal: jax.Array) -> jax.Array:
     """Neurons at a face of the box, or about to reach it, that F pushes outward.
 
     References:

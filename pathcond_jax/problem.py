@@ -130,7 +130,7 @@ def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
 
 
 def smooth_value(part: Smooth, table: Table, z: jax.Array) -> jax.Array:
-    """v f(z)."""
+    """V f(z)."""
     value = part.function(tuple(jnp.split(z, table.starts[1:-1])))
     return jnp.asarray(part.weight).astype(z.dtype) * jnp.asarray(value).astype(z.dtype)
 

@@ -148,7 +148,9 @@ def _solve(
     if initial is not None:
         z = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in initial])
         z = jnp.where(task.alive & jnp.isfinite(z), task.clip(z), 0)
-    run = chosen.run(task, spec, z, jnp.asarray(max_steps, jnp.int32), jnp.asarray(tol).astype(dtype))
+    run = chosen.run(
+        task, spec, z, jnp.asarray(max_steps, jnp.int32), jnp.asarray(tol).astype(dtype)
+    )
     return _solution(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))
 
 

@@ -7,6 +7,7 @@ path criterion: the paper's Lemma 4.1. Masses are handled as logarithms relative
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -155,9 +156,7 @@ class Color(NamedTuple):
     joined: np.ndarray
 
 
-def block(
-    task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
-) -> Run:
+def block(task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array) -> Run:
     """Sweeps over sets of groups, each moved to its exact joint minimum.
 
     Groups without a common entry share only S, so even and odd layers of a chain move in turn.
@@ -192,7 +191,9 @@ def colors(spec: ArchSpec) -> Color:
     near: list[set[int]] = [set() for _ in range(count)]
     for piece in table.pieces:
         sides = [
-            set(blocks.groups_of(slot, table)) for slots in (piece.rows, piece.cols) for slot in slots
+            set(blocks.groups_of(slot, table))
+            for slots in (piece.rows, piece.cols)
+            for slot in slots
         ]
         for i, one in enumerate(sides):
             for other in sides[i + 1 :]:
@@ -204,7 +205,9 @@ def colors(spec: ArchSpec) -> Color:
     chosen: dict[int, int] = {}
     while len(chosen) < count:
         # DSATUR, which is exact on bipartite graphs: next comes the group that sees most colors.
-        taken = {k: {chosen[n] for n in near[k] & set(chosen)} for k in range(count) if k not in chosen}
+        taken = {
+            k: {chosen[n] for n in near[k] & set(chosen)} for k in range(count) if k not in chosen
+        }
         group = max(taken, key=lambda k: (len(taken[k]), len(near[k]), -k))
         chosen[group] = min(set(range(count)) - taken[group])
     kinds = sorted({(looped[k], chosen[k]) for k in range(count)})
@@ -254,7 +257,7 @@ def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
 
 
 def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
-    """log x of neurons that share only S and move at once.
+    """Log x of neurons that share only S and move at once.
 
     S solves ``S = D + Σ_h B_h x_h(S) + C_h / x_h(S)``. The right side grows more slowly than S,
     so there is one root; Newton's steps on its logarithm are kept inside a bracket.
@@ -294,7 +297,7 @@ def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
 
 
 def balance(out: jax.Array, into: jax.Array, tilt: jax.Array, total: jax.Array) -> jax.Array:
-    """log x for the positive root of ``B x² + tilt S x − C = 0`` given log B, log C, log S.
+    """Log x for the positive root of ``B x² + tilt S x − C = 0`` given log B, log C, log S.
 
     With x = sqrt(C/B) v it reads v² + 2κ v − 1 = 0, so log v = −asinh κ: nothing cancels or
     overflows, whatever the depth of the network.
@@ -340,7 +343,7 @@ def _visit(
 
 
 def _in_turn(neurons: Neurons, rest: jax.Array) -> jax.Array:
-    """log x of neurons that share only S and move one after the other.
+    """Log x of neurons that share only S and move one after the other.
 
     ``rest`` is the mass that none of them has. What a neuron sees of the others is made of
     positive parts: the rest, what the earlier ones have left and what the later ones still have.
@@ -381,7 +384,7 @@ def _total(minimum: Minimum, others: jax.Array) -> jax.Array:
 
 
 def _log_x(neurons: Neurons, total: jax.Array) -> jax.Array:
-    """log x at the minimum, where S is exp(total); 0 for neurons that may not move."""
+    """Log x at the minimum, where S is exp(total); 0 for neurons that may not move."""
     log_x = balance(neurons.out, neurons.into, neurons.tilt, total)
     return jnp.where(neurons.alive, jnp.clip(log_x, neurons.low, neurons.high), 0)
 
@@ -475,7 +478,7 @@ def _views(masses: Masses, table: Table) -> tuple[View, ...]:
     views, logs = [], blocks.split(table, masses.logs)
     for stack, values, (rows, cols) in zip(table.stacks, masses.values, logs, strict=True):
         ends = np.cumsum([0, *(piece.shape[0] for piece in stack)])
-        for start, stop in zip(ends[:-1], ends[1:], strict=True):
+        for start, stop in itertools.pairwise(ends):
             views.append(View(values[start:stop], (rows[start:stop], cols[start:stop])))
     return tuple(views)
 

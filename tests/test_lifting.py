@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from typing import NamedTuple
 
 import hypothesis
@@ -216,7 +217,7 @@ def test_a_weight_met_more_than_once(times):
 def draw_mlp(widths, seed=0, scale=1.0, biases=True):
     rng = np.random.default_rng(seed)
     params = {}
-    for k, (n, m) in enumerate(zip(widths, widths[1:], strict=False)):
+    for k, (n, m) in enumerate(itertools.pairwise(widths)):
         layer = {"kernel": jnp.asarray(scale * rng.normal(size=(n, m)) / np.sqrt(n))}
         if biases:
             layer["bias"] = jnp.asarray(scale * rng.normal(size=m))

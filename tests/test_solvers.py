@@ -1,6 +1,7 @@
 """The solvers against the authors' iterates, scipy, and plain NumPy on dense incidences."""
 
 import functools
+import itertools
 import pathlib
 
 import chex
@@ -37,7 +38,7 @@ def draw(rng, shapes, spread=1.0):
 
 def chain(rng, sizes, bias=True, spread=1.0):
     """Dense layers ``w0, b0, w1, ...`` with kernels (in, out)."""
-    shapes = {f"w{k}": (a, b) for k, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))}
+    shapes = {f"w{k}": (a, b) for k, (a, b) in enumerate(itertools.pairwise(sizes))}
     if bias:
         shapes |= {f"b{k}": (b,) for k, b in enumerate(sizes[1:])}
     gram = draw(rng, shapes, spread)
@@ -64,7 +65,12 @@ def stream(rng):
     n4, n5, n3 = np.arange(4), np.arange(5), np.arange(3)
     return gram, spec_of(
         gram,
-        ("stream", 4, [("stem", 1, n4), ("a2", 1, n4), ("b2", 1, n4)], [(k, 0, n4) for k in ("a1", "b1", "head")]),
+        (
+            "stream",
+            4,
+            [("stem", 1, n4), ("a2", 1, n4), ("b2", 1, n4)],
+            [(k, 0, n4) for k in ("a1", "b1", "head")],
+        ),
         ("a", 5, [("a1", 1, n5), ("c1", 0, n5)], [("a2", 0, n5), ("skip", 0, n5)]),
         ("b", 3, [("b1", 1, n3), ("skip", 1, n3)], [("b2", 0, n3)]),
     )
@@ -203,7 +209,7 @@ def golden(network, dtype=np.float64):
     gram = {n: part.reshape(s) for n, part, s in zip(names, parts, shapes, strict=True)}
     weights = [n for n in names if n.endswith("weight")]
     groups = []
-    for weight, following in zip(weights, weights[1:], strict=False):
+    for weight, following in itertools.pairwise(weights):
         neurons = np.arange(gram[weight].shape[0])
         bias = weight.replace("weight", "bias")
         incoming = [(n, 0, neurons) for n in (weight, bias) if n in gram]
@@ -411,7 +417,7 @@ def deep(depth, width=8):
     """A default-initialized network whose Gram diagonal leaves the range of float32."""
     rng = np.random.default_rng(0)
     sizes = [width] * (depth + 1) + [3]
-    kernels = [rng.uniform(-1, 1, (a, b)) ** 2 / a for a, b in zip(sizes, sizes[1:], strict=False)]
+    kernels = [rng.uniform(-1, 1, (a, b)) ** 2 / a for a, b in itertools.pairwise(sizes)]
     biases = [rng.uniform(-1, 1, k.shape[1]) ** 2 / k.shape[0] for k in kernels]
     forward, backward = [np.ones(width)], [np.ones(3)]
     for kernel, bias in zip(kernels, biases, strict=True):
@@ -459,7 +465,14 @@ def test_masses_beyond_the_range_of_doubles(x64):
     assert name(solution) == "CONVERGED"
     assert np.isfinite(join(solution.log_scales)).all()
     assert solution.gradient_norm <= 1e-6 * spec.num_parameters
-    wide = solve(ScaledDiagonal(gram, exponents), spec, method="block", max_steps=2000, tol=1e-9, max_log_scale=1e4)
+    wide = solve(
+        ScaledDiagonal(gram, exponents),
+        spec,
+        method="block",
+        max_steps=2000,
+        tol=1e-9,
+        max_log_scale=1e4,
+    )
     np.testing.assert_allclose(solution.objective, wide.objective, rtol=1e-9)
 
 
@@ -528,8 +541,12 @@ def test_smooth_functions(case):
     solution = solve(path_objective(spec, gram)._replace(smooth=(smooth,)), spec)
     assert name(solution) == "CONVERGED"
     np.testing.assert_allclose(join(solution.log_scales), found.x, rtol=0, atol=1e-5)
-    alone = solve(path_objective(spec, gram)._replace(
-        terms=(), linear=tuple(np.zeros(g.size) for g in spec.groups), smooth=(smooth,)), spec)
+    alone = solve(
+        path_objective(spec, gram)._replace(
+            terms=(), linear=tuple(np.zeros(g.size) for g in spec.groups), smooth=(smooth,)
+        ),
+        spec,
+    )
     np.testing.assert_allclose(join(alone.log_scales), 0.5, rtol=0, atol=1e-6)
 
 
@@ -606,7 +623,7 @@ def test_wrong_calls():
     with pytest.raises(SpecError, match="no neuron"):
         solve(gram, spec_of(gram))
     term = path_objective(spec, jax.tree.map(np.float32, gram))
-    with pytest.raises(SpecError, match="single logarithm.*use method='newton'"):
+    with pytest.raises(SpecError, match=r"single logarithm.*use method='newton'"):
         solve(term._replace(terms=2 * term.terms), spec, method="coordinate")
     with pytest.raises(SpecError, match="no term"):
         solve(term._replace(terms=()), spec)
