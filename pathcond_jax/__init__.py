@@ -16,7 +16,6 @@ from pathcond_jax.finetuning import (
 from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax.initializers import conditioned_init, conditioned_nnx
 from pathcond_jax.lifting import (
-    NotPathLiftableError,
     ScaledDiagonal,
     conditioning_score,
     gram_diagonal,
@@ -25,6 +24,7 @@ from pathcond_jax.lifting import (
     path_norm,
     scaled_gram_diagonal,
 )
+from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.rescaling import check_spec, condition, rescale, round_to_powers_of_two
 from pathcond_jax.solvers import Solution, Status, solve
 from pathcond_jax.spec import ArchSpec, Incidence, Leaf, NeuronGroup, Pinned, SpecError

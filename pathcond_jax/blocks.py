@@ -100,7 +100,9 @@ def table(spec: ArchSpec) -> Table:
         size=starts[-1],
         starts=starts,
         stacks=tuple(map(tuple, stacks.values())),
-        shapes=tuple((sum(p.shape[0] for p in stack), *key) for key, stack in stacks.items()),
+        shapes=tuple(
+            (sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks.values()
+        ),
         # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
         slots=np.concatenate([slots for side in sides for slots in side], 1).astype(np.int32),
     )
@@ -281,7 +283,8 @@ def _slots(links: tuple, shape: tuple[int, int], starts: tuple[int, ...]) -> np.
     size = starts[-1]
     slots = np.full((max(len(links), 1), *shape), 2 * size)
     for slot, link in zip(slots, links, strict=False):
-        index = np.broadcast_to(np.arange(shape[1]) if link.index is None else link.index, shape)
+        index = np.arange(shape[1]) if link.neurons is None else link.neurons
+        index = np.broadcast_to(index, shape)
         slot[index >= 0] = (starts[link.group] + index + (size if link.sign < 0 else 0))[index >= 0]
     for i, one in enumerate(slots):
         for other in slots[i + 1 :]:

@@ -93,7 +93,7 @@ def condensed_groups(
 
 
 def condensation_directions(
-    inputs: jax.Array, targets: jax.Array, multiplicity: int = 1
+    inputs: jax.typing.ArrayLike, targets: jax.typing.ArrayLike, multiplicity: int = 1
 ) -> np.ndarray:
     """Where neurons gather, to leading order: the critical points of h on the unit circle.
 

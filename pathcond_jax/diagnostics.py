@@ -10,7 +10,8 @@ import numpy as np
 from pathcond_jax.conservation import conserved_quantities
 from pathcond_jax.criteria import CRITERIA
 from pathcond_jax.criterion import Criterion
-from pathcond_jax.lifting import NotPathLiftableError, conditioning_score
+from pathcond_jax.lifting import conditioning_score
+from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.rescaling import condition
 from pathcond_jax.solvers import Status
 from pathcond_jax.spec import ArchSpec, PyTree, compute_dtype, match_leaves

@@ -21,7 +21,9 @@ from pathcond_jax.spec import PyTree, SpecError
 _MOST_PATTERNS = 20
 
 
-def extremal_vectors(inputs: jax.Array, targets: jax.Array, *, bias: bool = True) -> np.ndarray:
+def extremal_vectors(
+    inputs: jax.typing.ArrayLike, targets: jax.typing.ArrayLike, *, bias: bool = True
+) -> np.ndarray:
     """The nonzero vectors D(w) that lie in the activation cone that gives rise to them.
 
     Args:

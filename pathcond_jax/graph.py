@@ -15,6 +15,9 @@ from jax.extend.core import primitives as jex_primitives
 
 from pathcond_jax.spec import PyTree, SpecError
 
+# Primitives that nobody writes by their own name, and whose function leaves no trace in a jaxpr.
+_WRITTEN = {"logistic": "sigmoid"}
+
 # Larger results of constant operations stay operations: masks and indices are below this.
 _FOLD_LIMIT = 1 << 22
 
@@ -44,7 +47,7 @@ class Node:
     @property
     def operation(self) -> str:
         """The operation's name, with the function it is part of: ``"min in relu6"``."""
-        name = self.primitive.name
+        name = _WRITTEN.get(self.primitive.name, self.primitive.name)
         return f"{name} in {self.function}" if self.function not in ("", name) else name
 
 

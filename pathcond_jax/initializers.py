@@ -13,7 +13,7 @@ from pathcond_jax.spec import ArchSpec, PyTree, SpecError
 if TYPE_CHECKING:
     from flax import nnx
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound="nnx.Module")
 
 
 def conditioned_init(
@@ -62,7 +62,8 @@ def conditioned_init(
             params = variables.get("params")
             if jax.tree.structure(params) == spec.treedef:
                 conditioned, _ = condition(params, spec, **options)
-                return type(variables)({**variables, "params": conditioned})
+                mapping: Callable[..., PyTree] = type(variables)
+                return mapping({**variables, "params": conditioned})
         return condition(variables, spec, **options)[0]
 
     return init

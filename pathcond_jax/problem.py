@@ -93,7 +93,7 @@ class Sums(NamedTuple):
     positions: jax.Array
 
 
-def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
+def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Problem:
     """Stacks, checks and equilibrates the convex part of an objective."""
     table, terms = blocks.table(spec), objective.terms
     dtypes = [mass.dtype for term in terms for mass in term.masses]

@@ -28,14 +28,14 @@ class ReconditionState(NamedTuple):
     """State of :func:`pathcond_jax.recondition`.
 
     Attributes:
-      count: the number of updates so far, int32.
+      num_updates: the number of updates so far, int32.
       log_scales: the log-scales that the latest update applied, one ``(group.size,)`` array per
         group; zeros if it was not due. ``rescale(average, spec, state.log_scales)`` takes along
         what is kept outside of the optimizer.
       status: the :class:`Status` of the latest solve, int32.
     """
 
-    count: jax.Array
+    num_updates: jax.Array
     log_scales: LogScales
     status: jax.Array
 
@@ -60,7 +60,7 @@ class Rule:
         self._name, self._spec, self._rounding = name, spec, rounding
         self._every = integer("every", every, 1)
         self._start = integer("start", start, 0)
-        self._solve = functools.partial(condition, spec=spec, **options)
+        self._solve = lambda params: condition(params, spec, **options)
         self._dtype = widest_dtype(spec)
         # Options and networks that cannot be used raise here instead of at the first update.
         jax.eval_shape(self._solve, parameter_shapes(spec))

@@ -29,12 +29,13 @@ class Link(NamedTuple):
     Attributes:
       group: position in ``spec.groups``.
       sign: −1 where the axis enters the neurons, +1 where it leaves them (the entry of B).
-      index: integer array (batch, size), the neuron of each slice or -1; None: slice k is neuron k.
+      neurons: integer array (batch, size), the neuron of each slice or -1; None: slice k is
+        neuron k.
     """
 
     group: int
     sign: int
-    index: np.ndarray | None
+    neurons: np.ndarray | None
 
 
 class Axis(NamedTuple):
@@ -93,7 +94,7 @@ class LogSum(NamedTuple):
       log_scales: one scalar per block; the true masses are ``masses · exp(log_scales)``.
     """
 
-    weight: float
+    weight: float | jax.Array
     exponent: float
     masses: tuple[jax.Array, ...]
     log_scales: tuple[jax.Array, ...]
@@ -108,7 +109,7 @@ class Smooth(NamedTuple):
         a compiled function.
     """
 
-    weight: float
+    weight: float | jax.Array
     function: jax.tree_util.Partial
 
 
@@ -231,11 +232,11 @@ def _roles(axes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...
         return (), (), ()
     if len(sets) == 1:
         return (), sets[0], ()
-    first, second = map(set, sets)
-    if first <= second or second <= first:
-        return (), tuple(sorted(first | second)), ()
-    shared = first & second
-    one, two = sorted((tuple(sorted(first - shared)), tuple(sorted(second - shared))))
+    smaller, larger = map(set, sets)
+    if smaller <= larger:
+        return (), sets[1], ()
+    shared = smaller & larger
+    one, two = sorted((tuple(sorted(smaller - shared)), tuple(sorted(larger - shared))))
     return tuple(sorted(shared)), one, two
 
 
@@ -283,7 +284,7 @@ def _compress(
 
 def _key(axis: Axis) -> object:
     return axis.size, tuple(
-        (k.group, k.sign, None if k.index is None else (k.index.shape, k.index.tobytes()))
+        (k.group, k.sign, None if k.neurons is None else (k.neurons.shape, k.neurons.tobytes()))
         for k in axis.links
     )
 

@@ -133,7 +133,9 @@ def visits(spec: ArchSpec) -> tuple[Visit, ...]:
         for side, slots in enumerate((piece.rows, piece.cols)):
             for slot in slots.reshape(slots.shape[0], -1):
                 for group in blocks.groups_of(slot, table):
-                    segments = _segments(slot, *table.starts[group : group + 2], table.size)
+                    segments = _segments(
+                        slot, table.starts[group], table.starts[group + 1], table.size
+                    )
                     met.setdefault(group, []).append(Part(number, side, segments))
         for group, found in met.items():
             (parts if len(found) == 1 else joined)[group].extend(found)
@@ -225,7 +227,7 @@ def _block_step(task: Problem, table: Table, color: Color, z: jax.Array) -> jax.
     C_h e^{−sδ_h})/2, D' = 2S − Σ_h (B_h + C_h), is separable and exact at δ = 0.
     """
     sums = problem.log_sums(task, table, 0, z)
-    moving, factor = color.mask & task.alive, jnp.where(color.joined, 2, 1).astype(z.dtype)
+    moving, factor = task.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
     neurons = _neurons(task, sums.out, sums.into, slice(None), z)
     neurons = neurons._replace(
         tilt=neurons.tilt / factor,
@@ -358,14 +360,15 @@ def _in_turn(neurons: Neurons, rest: jax.Array) -> jax.Array:
         total = _total(minimum, others)
         return done + jnp.where(alive, total - others, mass), total
 
-    _, totals = lax.scan(move, jnp.zeros_like(rest), (minimum, neurons.alive, mass, later))
+    inputs = (minimum, neurons.alive, mass, later)
+    totals: jax.Array = lax.scan(move, jnp.zeros_like(rest), inputs)[1]
     return _log_x(neurons, jnp.log(totals))
 
 
 def _minimum(neurons: Neurons) -> Minimum:
     out, into, tilt, _, low, high = neurons
-    logs = out + low, into - low, out + high, into - high
-    return Minimum(tilt, jnp.exp(out + into), tuple(jnp.exp(log) for log in logs))
+    ends = jnp.exp(out + low), jnp.exp(into - low), jnp.exp(out + high), jnp.exp(into - high)
+    return Minimum(tilt, jnp.exp(out + into), ends)
 
 
 def _total(minimum: Minimum, others: jax.Array) -> jax.Array:

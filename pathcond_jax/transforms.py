@@ -24,7 +24,7 @@ from pathcond_jax.reconditioning import (
 from pathcond_jax.sharding import automatic
 from pathcond_jax.solvers import Status
 from pathcond_jax.spec import ArchSpec, PyTree, SpecError
-from pathcond_jax.transport import find_buffers, parameter_shapes, probing, transport
+from pathcond_jax.transport import Buffers, find_buffers, parameter_shapes, probing, transport
 
 
 class ReconditionedState(NamedTuple):
@@ -43,13 +43,13 @@ class ScaleByPathState(NamedTuple):
     """State of :func:`scale_by_path`.
 
     Attributes:
-      count: the number of updates so far, int32.
+      num_updates: the number of updates so far, int32.
       diagonal: the latest Gram diagonal, like the parameters, each leaf divided by 2 to the power
         of its entry of ``exponent``; None if it is computed at every update.
       exponent: int32, ``(number of leaves,)``; None with ``diagonal``.
     """
 
-    count: jax.Array
+    num_updates: jax.Array
     diagonal: PyTree
     exponent: jax.Array | None
 
@@ -123,7 +123,7 @@ def recondition(
     ) -> tuple[PyTree, ReconditionState]:
         del extra
         rule.check(updates, params)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.num_updates)
         updates, log_scales, status = lax.cond(
             rule.due(count), rule.move, rule.stay, updates, params, state.status
         )
@@ -201,7 +201,7 @@ def reconditioned(
     if state != "transport" and (degrees or probe_args):
         raise SpecError(f'degrees and probe_args are for state="transport", not {state!r}')
     inner = optax.with_extra_args_support(inner)
-    buffers = {}
+    buffers: Buffers = {}
     if state == "transport":
         buffers = find_buffers(inner, spec, degrees, {"value": 1.0, **(probe_args or {})})
 
@@ -232,7 +232,7 @@ def reconditioned(
         rule.check(None, params)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
         rule.check(updates, params)
-        count = optax.safe_increment(state.recondition.count)
+        count = optax.safe_increment(state.recondition.num_updates)
         (updates, log_scales, status), inner_state = lax.cond(
             rule.due(count), move, stay, updates, inner_state, params, state.recondition.status
         )
@@ -330,7 +330,7 @@ def scale_by_path(
             mantissas, exponents = diagonal(params)
         else:
             mantissas, exponents = lax.cond(
-                state.count % every == 0,
+                state.num_updates % every == 0,
                 refresh,
                 lambda _, *old: old,
                 params,
@@ -339,7 +339,7 @@ def scale_by_path(
             )
         flat, treedef = jax.tree.flatten(updates)
         divided = _divided(flat, mantissas, exponents, damping, spec.num_parameters)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.num_updates)
         if every > 1:
             kept = jax.tree.unflatten(jax.tree.structure(state.diagonal), mantissas)
             return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, kept, exponents)

@@ -106,11 +106,8 @@ def find_buffers(
             'with state="reset" or state="keep", or give the power of the scale that a buffer is '
             f"multiplied by, for instance degrees={example}"
         )
-    return {
-        buffer.path: Buffer(buffer.name, buffer.leaf, degree)
-        for buffer in found
-        if (degree := given.get(buffer.path, measured.get(buffer.path)))
-    }
+    known = given | {path: m for path, m in measured.items() if isinstance(m, int)}
+    return {b.path: Buffer(b.name, b.leaf, degree) for b in found if (degree := known.get(b.path))}
 
 
 def transport(state: PyTree, spec: ArchSpec, log_scales: LogScales, buffers: Buffers) -> PyTree:
@@ -250,7 +247,9 @@ class _Probe:
         rng = np.random.default_rng(0)
         self._spec, self._runs = spec, dict[float, tuple[Arrays, Arrays]]()
         self._run = jax.jit(functools.partial(_run, optax.with_extra_args_support(inner), extra))
-        self._factors, self._params, self._grads = [], [], []
+        self._factors: list[np.ndarray] = []
+        self._params: list[np.ndarray] = []
+        self._grads: list[np.ndarray] = []
         # Large for the constants that keep quotients finite, and once more for clipping by a norm.
         sizes = np.resize([8.0, 250.0, 8000.0], num_steps)
         for leaf in spec.leaves:
