@@ -81,6 +81,9 @@ class Masses(NamedTuple):
     logs: jax.Array
 
 
+Stacks = tuple[tuple[jax.Array, jax.Array], ...]
+
+
 @functools.lru_cache(maxsize=64)
 def table(spec: ArchSpec) -> Table:
     """The arrangement of the blocks of ``spec``."""
@@ -108,11 +111,26 @@ def table(spec: ArchSpec) -> Table:
     )
 
 
-def equilibrate(term: LogSum, table: Table, dtype: jnp.dtype, valid: jax.Array) -> Masses:
-    """Stacks a term's masses, 0 unless ``valid``, divided by their rows' and columns' largest."""
-    stacks = [_equilibrated(*_stack(term, stack, dtype), valid) for stack in table.stacks]
-    logs = [(rows, cols) for _, rows, cols in stacks]
-    return Masses(tuple(values for values, _, _ in stacks), join(logs))
+def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> Stacks:
+    """A term's masses as they are, and a logarithm per batch entry by which they are scaled."""
+    return tuple(_stack(term, stack, dtype) for stack in table.stacks)
+
+
+def are_masses(stacks: Stacks) -> jax.Array:
+    """Whether all are finite and none is negative."""
+    # Asked of the stacks: of every block apart, it multiplies the time that XLA takes to compile.
+    valid = [
+        jnp.isfinite(logs).all() & (jnp.isfinite(values) & (values >= 0)).all()
+        for values, logs in stacks
+    ]
+    return jnp.stack(valid).all()
+
+
+def equilibrate(stacks: Stacks, valid: jax.Array) -> Masses:
+    """Masses, 0 unless ``valid``, divided by the largest of their rows and of their columns."""
+    parts = [_equilibrated(values, logs, valid) for values, logs in stacks]
+    logs = [(rows, cols) for _, rows, cols in parts]
+    return Masses(tuple(values for values, _, _ in parts), join(logs))
 
 
 def signed(z: jax.Array) -> jax.Array:
@@ -151,7 +169,7 @@ def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
     return sums[: table.size], sums[table.size : -1]
 
 
-def segment_logsumexp(logs: jax.Array, segments: np.ndarray, count: int) -> jax.Array:
+def segment_logsumexp(logs: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
     """Log Σ exp over each of ``count`` segments; −inf where there is nothing."""
     top = _finite(jax.ops.segment_max(logs, segments, count))
     return jnp.log(jax.ops.segment_sum(jnp.exp(logs - top[segments]), segments, count)) + top

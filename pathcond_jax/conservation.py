@@ -181,7 +181,8 @@ def _tilted_energy(spec: ArchSpec) -> Callable[..., jax.Array]:
         log_scales: tuple[jax.Array, ...],
     ) -> jax.Array:
         table, z = blocks.table(spec), jnp.concatenate(log_scales)
-        stacked = blocks.equilibrate(LogSum(1.0, -2.0, *masses), table, z.dtype, jnp.array(True))
+        stacks = blocks.stacked(LogSum(1.0, -2.0, *masses), table, z.dtype)
+        stacked = blocks.equilibrate(stacks, jnp.array(True))
         exponents = stacked.logs - 2 * blocks.spread(table, z)
         shares = blocks.normalized(stacked, table, exponents, jnp.log(scale).astype(z.dtype))
         return 0.5 * functools.reduce(jnp.add, [share.sum() for share in shares])

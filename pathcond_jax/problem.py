@@ -99,14 +99,14 @@ def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Prob
     dtypes = [mass.dtype for term in terms for mass in term.masses]
     dtype = compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
     linear = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in objective.linear])
-    arrays = [array for term in terms for array in (*term.masses, *term.log_scales)]
-    finite = jnp.stack([jnp.isfinite(array).all() for array in (linear, *arrays)]).all()
-    for mass in (mass for term in terms for mass in term.masses):
-        finite &= (mass >= 0).all()
+    stacks = [blocks.stacked(term, table, dtype) for term in terms]
+    finite = jnp.isfinite(linear).all()
+    for part in stacks:
+        finite &= blocks.are_masses(part)
     origin = jnp.zeros_like(linear)
-    for part in objective.smooth:
-        finite &= jnp.isfinite(smooth_value(part, table, origin))
-    masses = tuple(blocks.equilibrate(term, table, dtype, finite) for term in terms)
+    for function in objective.smooth:
+        finite &= jnp.isfinite(smooth_value(function, table, origin))
+    masses = tuple(blocks.equilibrate(part, finite) for part in stacks)
     weights, exponents, extra = (
         jnp.asarray([jnp.asarray(number).astype(dtype) for number in numbers], dtype)
         for numbers in (

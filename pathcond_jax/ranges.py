@@ -68,11 +68,12 @@ def _balance(
 ) -> Solution:
     table = blocks.table(spec)
     dtype = compute_dtype(*(mass.dtype for mass in term.masses))
-    finite = jnp.stack([jnp.isfinite(a).all() for a in (*term.masses, *term.log_scales)]).all()
+    stacks = blocks.stacked(term, table, dtype)
+    finite = blocks.are_masses(stacks)
     if given is not None:
         given = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in given])
         finite &= (given < jnp.inf).all()
-    masses = blocks.equilibrate(term, table, dtype, finite)
+    masses = blocks.equilibrate(stacks, finite)
     alpha = jnp.asarray(alpha, dtype)
     tol = jnp.asarray(_TOLERANCE[jnp.finfo(dtype).bits] if tol is None else tol).astype(dtype)
     limit = jnp.asarray(jnp.inf if limit is None else limit).astype(dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax import blocks, newton, problem, sweeps
+from pathcond_jax import blocks, coordinate, newton, problem, sweeps
 from pathcond_jax.lifting import ScaledDiagonal
 from pathcond_jax.problem import Problem, Run
 from pathcond_jax.reduction import Objective, path_objective
@@ -68,7 +68,7 @@ class Method(NamedTuple):
 METHODS = {
     "newton": Method(newton.newton, 50, {32: 1e-5, 64: 1e-8}, one_term=False),
     "block": Method(sweeps.block, 100, {32: 1e-2, 64: 1e-6}, one_term=True),
-    "coordinate": Method(sweeps.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True),
+    "coordinate": Method(coordinate.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True),
 }
 
 

@@ -86,7 +86,7 @@ MATRICES = {"w": np.ones((3, 4), np.float32), "v": np.ones((4, 2), np.float32)}
         (jnp.tanh, "tanh"),
         (jax.nn.relu6, "min in relu6"),
         (jax.nn.gelu, "add in gelu"),
-        (jax.nn.sigmoid, "logistic"),
+        (jax.nn.sigmoid, "sigmoid"),
         (jax.nn.softmax, "exp in softmax"),
         (jnp.exp, "exp"),
         (lambda x: jnp.minimum(x, 1.0), "min"),

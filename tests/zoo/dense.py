@@ -48,7 +48,7 @@ def mlp_dropout_on() -> Network:
 
 @network(NETWORKS, "mlp-tanh", activation=nn.tanh, pinned_by=("tanh",))
 @network(NETWORKS, "mlp-gelu", activation=nn.gelu, pinned_by=("add in gelu",))
-@network(NETWORKS, "mlp-sigmoid", activation=nn.sigmoid, pinned_by=("logistic",))
+@network(NETWORKS, "mlp-sigmoid", activation=nn.sigmoid, pinned_by=("sigmoid",))
 @network(NETWORKS, "mlp-relu6", activation=nn.relu6, pinned_by=("min in relu6",))
 def mlp_pinned(activation, pinned_by) -> Network:
     return linen(MLP((5, 4, 3, 2), activation), vector(7, 6), 0)._replace(pinned_by=pinned_by)
@@ -72,7 +72,7 @@ class SwiGLU(nn.Module):
 
 @network(NETWORKS, "swiglu")
 def swiglu() -> Network:
-    return linen(SwiGLU(5), vector(7, 3), 5)._replace(pinned_by=("logistic in silu",))
+    return linen(SwiGLU(5), vector(7, 3), 5)._replace(pinned_by=("sigmoid in silu",))
 
 
 class Recurrent(nn.Module):
