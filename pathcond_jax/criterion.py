@@ -144,10 +144,9 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
 
 def _poisoned_unless_finite(goal: Objective, spec: ArchSpec, params: PyTree) -> Objective:
     """A parameter that is not finite makes the objective NaN, which solvers report."""
-    finite = _all_finite(spec, params)
-    return goal._replace(
-        linear=tuple(jnp.where(finite, jnp.asarray(part), jnp.nan) for part in goal.linear)
-    )
+    first, *others = goal.linear
+    poisoned = jnp.where(_all_finite(spec, params), jnp.asarray(first), jnp.nan)
+    return goal._replace(linear=(poisoned, *others))
 
 
 def _all_finite(spec: ArchSpec, params: PyTree) -> jax.Array:

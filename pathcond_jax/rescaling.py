@@ -77,15 +77,16 @@ def rescale_buffers(
     Returns:
       The arrays, dtypes kept.
     """
-    scales = [_factor(z) for z in _checked(log_scales, spec)]
+    checked = _checked(log_scales, spec)
+    by_power = {power: _factors(checked, power) for power in {power for _, _, power in buffers}}
     rescaled = []
     for value, position, power in buffers:
-        path = spec.leaves[position].path
+        path, (incoming, outgoing) = spec.leaves[position].path, by_power[power]
         factors = [
-            _along_leaf(incidence, _to_power(scale, sign), spec)
-            for group, scale in zip(spec.groups, scales, strict=True)
-            for sign, side in ((power, group.incoming), (-power, group.outgoing))
-            for incidence in side
+            _along_leaf(incidence, factor, spec)
+            for group, *sides in zip(spec.groups, incoming, outgoing, strict=True)
+            for factor, incidences in zip(sides, (group.incoming, group.outgoing), strict=True)
+            for incidence in incidences
             if incidence.path == path
         ]
         rescaled.append(_multiplied(value, factors) if factors else value)
@@ -253,11 +254,11 @@ def _rescaled(
 ) -> list[jax.Array]:
     """The leaves that neurons meet, in the order of the spec, each times its factors."""
     by_path: dict[str, list[_Factor]] = {}
-    for group, z in zip(spec.groups, log_scales, strict=True):
-        scale = _factor(z)
-        for sign, incidences in ((power, group.incoming), (-power, group.outgoing)):
+    incoming, outgoing = _factors(log_scales, power)
+    for group, *sides in zip(spec.groups, incoming, outgoing, strict=True):
+        for factor, incidences in zip(sides, (group.incoming, group.outgoing), strict=True):
             for incidence in incidences:
-                along = _along_leaf(incidence, _to_power(scale, sign), spec)
+                along = _along_leaf(incidence, factor, spec)
                 by_path.setdefault(incidence.path, []).append(along)
     paths = [leaf.path for leaf in spec.leaves if leaf.path in by_path]
     return [_multiplied(value, by_path[path]) for path, value in zip(paths, values, strict=True)]
@@ -295,6 +296,20 @@ def _nearest_power(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return k, k * log_two
 
 
+def _factors(log_scales: list[jax.Array], power: int) -> list[list[_Factor]]:
+    """What the entries that enter and that leave the neurons of each group are multiplied by."""
+    if not log_scales:
+        return [[], []]
+    # All groups at once, which XLA compiles much faster than one after the other.
+    dtype = compute_dtype(*(z.dtype for z in log_scales))
+    all_groups = _factor(jnp.concatenate([z.astype(dtype) for z in log_scales]))
+    ends = np.cumsum([z.size for z in log_scales])[:-1]
+    return [
+        [_Factor(*parts) for parts in zip(*(jnp.split(a, ends) for a in factor), strict=True)]
+        for factor in (_to_power(all_groups, power), _to_power(all_groups, -power))
+    ]
+
+
 def _factor(z: jax.Array) -> _Factor:
     """e^z; exactly a power of two where z is its rounded logarithm."""
     k, nearest = _nearest_power(z)
@@ -317,6 +332,8 @@ def _along_leaf(incidence: Incidence, factor: _Factor, spec: ArchSpec) -> _Facto
     order = np.argsort(incidence.axes)
 
     def lay_out(values: jax.Array, neutral: int) -> jax.Array:
+        if np.array_equal(incidence.index, np.arange(values.size)):
+            return values.reshape(shape)
         taken = values[np.maximum(incidence.index, 0)]
         taken = jnp.where(incidence.index >= 0, taken, neutral)
         return taken.transpose(order).reshape(shape)

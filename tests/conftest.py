@@ -1,5 +1,6 @@
 """What holds for every test: strict promotion, the CPU, reproducible examples in CI."""
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -15,6 +16,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# Linux allows a process 65530 memory maps, of which each compiled program holds a few.
+_TESTS_PER_CACHE = 40
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Forgets compiled programs every so often; beyond the limit XLA crashes."""
+    yield
+    if next(_tests) % _TESTS_PER_CACHE == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
