@@ -115,7 +115,10 @@ def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Prob
             [part.weight for part in objective.smooth],
         )
     )
-    alive = _alive(table, weights * exponents, linear, masses)
+    # What a function of one's own demands of a neuron without masses is not known.
+    alive = jnp.ones(linear.shape, bool)
+    if not objective.smooth:
+        alive = _alive(table, weights * exponents, linear, masses)
     return Problem(
         weights=weights,
         exponents=exponents,
@@ -123,7 +126,7 @@ def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Prob
         smooth=objective.smooth,
         scale=weights.sum() + extra.sum(),
         masses=masses,
-        alive=finite & (alive if not objective.smooth else True),
+        alive=finite & alive,
         limit=jnp.asarray(limit).astype(dtype),
         finite=finite,
     )

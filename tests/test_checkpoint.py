@@ -43,9 +43,9 @@ def test_training_resumes_bit_for_bit():
     blank = jax.tree.map(jnp.zeros_like, params)
     resumed = flax.serialization.from_bytes((blank, optimizer.init(blank)), saved)
     resumed = jax.tree.map(jnp.asarray, resumed)
-    assert int(resumed[1].recondition.count) == 3
+    assert int(resumed[1].recondition.num_updates) == 3
     for _ in range(3):
         resumed = step(*resumed)
     chex.assert_trees_all_equal(resumed, (params, state))
-    assert int(state.recondition.count) == 6
+    assert int(state.recondition.num_updates) == 6
     assert step._cache_size() == 1

@@ -94,7 +94,7 @@ def test_the_named_updates_are_due_and_no_others():
         plain = jax.tree.map(lambda g: -0.01 * g, gradient(params))
         destination = optax.apply_updates(params, plain)
         params, state, updates = step(plain, state, params)
-        assert int(state.count) == number
+        assert int(state.num_updates) == number
         assert state.status == pathcond.Status.CONVERGED
         if number in (2, 3, 6):
             expected, solution = pathcond.condition(destination, SPEC)
@@ -109,7 +109,7 @@ def test_the_named_updates_are_due_and_no_others():
     # The same compiled step: what is not finite is passed on, and spreads to no other parameter.
     for bad in (jnp.nan, jnp.inf):
         plain[NAMES[1]]["bias"] = plain[NAMES[1]]["bias"].at[0].set(bad)
-        due = state._replace(count=jnp.asarray(8, jnp.int32))
+        due = state._replace(num_updates=jnp.asarray(8, jnp.int32))
         after, last, updates = step(plain, due, params)
         assert last.status == pathcond.Status.NON_FINITE
         chex.assert_trees_all_equal(updates, plain)
@@ -121,7 +121,7 @@ def test_the_named_updates_are_due_and_no_others():
     assert max(float(jnp.abs(z).max()) for z in best.log_scales) > 7
     statuses = []
     for _ in range(5):
-        before, due = params, initial._replace(count=jnp.asarray(1, jnp.int32))
+        before, due = params, initial._replace(num_updates=jnp.asarray(1, jnp.int32))
         params, state, _ = step(jax.tree.map(jnp.zeros_like, params), due, params)
         statuses.append(int(state.status))
         assert function_error(before, params) < 1e-5
@@ -196,7 +196,7 @@ def test_path_sgd_has_one_trajectory():
     (_, state), moved = run(pathcond.reconditioned(inner, SPEC, every=7, start=1), PARAMS)
     scale = float(jnp.abs(plain).max())
     assert function_error(PARAMS, last) > 0.1
-    assert int(state.recondition.count) == 100
+    assert int(state.recondition.num_updates) == 100
     assert float(jnp.abs(moved - plain).max()) / scale < 1e-4
     _, elsewhere = run(inner, pathcond.rescale(PARAMS, SPEC, random_scales(4, 0.7)))
     assert float(jnp.abs(elsewhere - plain).max()) / scale < 1e-4
@@ -211,7 +211,7 @@ def test_path_sgd_divides_by_the_gram_diagonal():
         updates, state = element.update(grads, element.init(PARAMS), PARAMS)
         expected = jax.tree.map(lambda u, g, d=damping: u / (g + d * mean), grads, gram)
         chex.assert_trees_all_close(updates, expected, rtol=1e-5)
-        assert int(state.count) == 1
+        assert int(state.num_updates) == 1
     # One step from any representative of the same function leads to the same function.
     element = optax.chain(pathcond.scale_by_path(SPEC), optax.scale(-0.02))
     ends = []
