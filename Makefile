@@ -14,7 +14,7 @@ pip_install = -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck wheel oldest clean
+.PHONY: help demo test lint format typecheck wheel oldest bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -61,6 +61,13 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV_OLDEST)/installed: pyproject.toml .ci/oldest.txt
 	$(call install,$(PYTHON_OLDEST),--constraint .ci/oldest.txt --editable '.[test]',Python 3.11 or 3.12,PYTHON_OLDEST)
+
+bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" times the authors' code too
+	mkdir -p build
+	$(VENV)/bin/python benchmarks/conditioning.py --json build/conditioning.json $(ARGS)
+	$(VENV)/bin/python benchmarks/lifting.py --json build/lifting.json
+	$(VENV)/bin/python benchmarks/tracing.py
+	$(VENV)/bin/python benchmarks/gating.py
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) $(VENV_OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,95 +8,29 @@ ensemble under ``vmap`` with a loop over its members.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from networks import MLP, NETWORKS, Network, ResNet, prepared
 
 import pathcond_jax as pathcond
 
-
-class MLP(nn.Module):
-    widths: Sequence[int] = (*(500,) * 8, 10)
-
-    @nn.compact
-    def __call__(self, x):
-        for width in self.widths[:-1]:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.widths[-1])(x)
-
-
-class PlainConv(nn.Module):
-    """The plain convolutional net of the reference, at full size."""
-
-    @nn.compact
-    def __call__(self, x):
-        def conv(x, features, size):
-            return nn.relu(nn.Conv(features, (size, size), padding=size // 2)(x))
-
-        for features in ((128, 128, 128), (256, 256, 256)):
-            for width in features:
-                x = conv(x, width, 3)
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for width, size in ((320, 3), (320, 1), (10, 1)):
-            x = conv(x, width, size)
-        return nn.avg_pool(x, (8, 8), (8, 8)).reshape(x.shape[0], -1)
-
-
-class Block(nn.Module):
-    """A basic block (two 3×3 convolutions) or a bottleneck (1×1, 3×3, 1×1)."""
-
-    width: int
-    stride: int
-    bottleneck: bool
-
-    @nn.compact
-    def __call__(self, x):
-        def normalized(x, features, size, stride=1):
-            x = nn.Conv(features, (size, size), (stride, stride), use_bias=False)(x)
-            return nn.BatchNorm(use_running_average=True)(x)
-
-        w, s = self.width, self.stride
-        out = 4 * w if self.bottleneck else w
-        layers = [(w, 1, 1), (w, 3, s), (out, 1, 1)] if self.bottleneck else [(w, 3, s), (w, 3, 1)]
-        y = x
-        for k, layer in enumerate(layers):
-            y = normalized(y if k == 0 else nn.relu(y), *layer)
-        if x.shape != y.shape:
-            x = normalized(x, out, 1, s)
-        return nn.relu(x + y)
-
-
-class ResNet(nn.Module):
-    depths: Sequence[int]
-    bottleneck: bool
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(64, (7, 7), (2, 2), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage, depth in enumerate(self.depths):
-            for k in range(depth):
-                x = Block(64 << stage, 2 if stage and not k else 1, self.bottleneck)(x)
-        return nn.Dense(1000)(x.mean((1, 2)))
-
-
-MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "mlp": (MLP(), (1, 3072)),
-    "conv": (PlainConv(), (1, 32, 32, 3)),
-    "resnet18": (ResNet((2, 2, 2, 2), False), (1, 224, 224, 3)),
-    "resnet50": (ResNet((3, 4, 6, 3), True), (1, 224, 224, 3)),
+IMAGE = (224, 224, 3)
+MODELS = {
+    "mlp": NETWORKS["mlp8"],
+    "conv": NETWORKS["conv"],
+    "resnet18": Network(ResNet((2, 2, 2, 2), outputs=1000), IMAGE),
+    "resnet50": Network(ResNet((3, 4, 6, 3), bottleneck=True, outputs=1000), IMAGE),
 }
 
 
-def prepared(model: nn.Module, shape: tuple[int, ...]) -> tuple[Any, Any, Callable, Callable]:
+def programs(network: Network) -> tuple[Any, Any, Callable, Callable]:
     """Variables, spec, and the two programs."""
-    x = jnp.ones(shape)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    model, x = network.model, jnp.ones((1, *network.shape))
+    _, variables = prepared(network)
     spec = pathcond.trace_spec(model.apply, variables, x)
 
     def summed(params: Any, rest: Any) -> jax.Array:
@@ -137,7 +71,7 @@ def main() -> None:
         f"{'model':10}{'entries':>12}{'grad ms':>10}{'lifting ms':>12}{'ratio':>7}{'compile s':>11}"
     )
     for name in options.models:
-        variables, spec, gradient, lifted = prepared(*MODELS[name])
+        variables, spec, gradient, lifted = programs(MODELS[name])
         jax.block_until_ready(gradient(variables))
         seconds = compiled(lifted, variables)
         one, two = in_turns(
@@ -159,7 +93,7 @@ def main() -> None:
 
 def ensemble(members: int, repeats: int) -> dict[str, float]:
     """MLPs 64-128×6-10 lifted together, and one after the other."""
-    model, x = MLP((*(128,) * 6, 10)), jnp.ones((1, 64))
+    model, x = MLP((128,) * 6), jnp.ones((1, 64))
     keys = jax.random.split(jax.random.key(0), members)
     together = jax.vmap(lambda key: model.init(key, x))(keys)
     each = [jax.tree.map(lambda leaf, k=k: leaf[k], together) for k in range(members)]

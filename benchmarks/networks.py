@@ -84,6 +84,7 @@ class ResNet(nn.Module):
     depths: Sequence[int]
     bottleneck: bool = False
     project_all: bool = False
+    outputs: int = 10
     train: bool = False
 
     @nn.compact
@@ -96,7 +97,7 @@ class ResNet(nn.Module):
             for k in range(depth):
                 stride = 2 if stage and not k else 1
                 x = Block(layers, stride, self.project_all, self.train)(x)
-        return _dense(10)(x.mean((1, 2)))
+        return _dense(self.outputs)(x.mean((1, 2)))
 
 
 class Network(NamedTuple):

@@ -314,29 +314,3 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "demo", lacking("pathcond_jax.missing"))
     with pytest.raises(ModuleNotFoundError):
         cli.main(["demo"])
-
-
-def readme():
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_readme_examples_run_and_print_what_it_shows(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", readme(), re.S)
-    assert blocks
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert capsys.readouterr().out
-    assert str(namespace["spec"]) in readme()
-
-
-def test_the_readme_points_at_what_exists():
-    text = readme()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-    picture = ROOT / "docs" / demo.PICTURE
-    assert f"docs/{demo.PICTURE}" in text
-    assert picture.stat().st_size <= 200_000
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for command in re.findall(r"^make (\w+)", text, re.M):
-        assert re.search(rf"^{command}:", makefile, re.M), command

@@ -6,8 +6,11 @@ import re
 import jax
 import pytest
 
+from pathcond_jax.experiments import demo, reproduce
+
 PAGE = pathlib.Path(__file__).parents[1] / "README.md"
-SECTIONS = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M)
+TEXT = PAGE.read_text(encoding="utf-8")
+SECTIONS = re.split(r"^## ", TEXT, flags=re.M)
 SNIPPETS = [
     pytest.param(snippet, id=f"{section.splitlines()[0]} {number}")
     for section in SECTIONS
@@ -29,7 +32,19 @@ def test_every_section_that_needs_one_has_a_snippet():
     }
 
 
-def test_links_within_the_repository_exist():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+def test_the_first_example_prints_the_spec_that_is_shown():
+    namespace = {"__name__": "snippet"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(SNIPPETS[0].values[0], PAGE.name, "exec"), namespace)
+    assert str(namespace["spec"]) in TEXT
+
+
+def test_what_the_page_points_at_exists():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)
     assert links
     assert [link for link in links if not (PAGE.parent / link).exists()] == []
+    assert f"docs/{demo.PICTURE}" in links
+    makefile = (PAGE.parent / "Makefile").read_text(encoding="utf-8")
+    for command in re.findall(r"^make (\w+)", TEXT, re.M):
+        assert re.search(rf"^{command}:", makefile, re.M), command
+    assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.M)) == set(reproduce.STUDIES)

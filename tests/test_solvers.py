@@ -597,7 +597,9 @@ def test_blocks_sum_what_the_definition_sums(case):
     gram, spec = case
     b, z = incidences(spec), np.random.default_rng(1).normal(size=spec.num_neurons)
     table = blocks.table(spec)
-    masses = blocks.equilibrate(path_objective(spec, gram).terms[0], table, jnp.float64, True)
+    stacks = blocks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)
+    assert blocks.are_masses(stacks)
+    masses = blocks.equilibrate(stacks, jnp.array(True))
     exponents = masses.logs + 2 * blocks.spread(table, jnp.asarray(z))
     mass = flat(spec, gram) * np.exp(2 * b @ z)
     total = blocks.log_total(masses, table, exponents)
