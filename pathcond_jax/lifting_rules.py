@@ -77,11 +77,15 @@ def _stacked(*values: jax.Array) -> jax.Array:
 
 
 def _is_zero(value: Value) -> bool:
+    return _is_constant(value, 0)
+
+
+def _is_constant(value: Value, number: float) -> bool:
     return (
         isinstance(value, Coefficient)
         and not value.trainable
         and not isinstance(value.raw, jax.core.Tracer)
-        and not np.asarray(value.raw).any()
+        and bool((np.asarray(value.raw) == number).all())
     )
 
 
@@ -237,7 +241,8 @@ def _extremum(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
         return lifting.made(node, coefficients, elementwise=True)
     signals = signals_of(inputs)
     if len(signals) == 1:
-        if any(_is_zero(value) for value in inputs):
+        neutral = -np.inf if node.primitive is primitive("max") else np.inf
+        if any(_is_zero(value) or _is_constant(value, neutral) for value in inputs):
             return [signals[0]]
         raise unliftable(node, "compares a signal with a constant other than 0")
     shared = _common_base(signals)

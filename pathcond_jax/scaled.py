@@ -59,7 +59,9 @@ def normalized(mantissa: jax.Array, exponent: jax.Array, keep_zero: bool = False
     top = jnp.where(own > ZERO, own + exponent, np.int32(ZERO)).max()
     if keep_zero:
         top = jnp.where(top > ZERO, top, exponent)
-    return Scaled(mantissa * power_of_two(exponent - top, mantissa.dtype), top)
+    # 2^(exponent − ZERO) is inf, and 0 · inf is NaN.
+    shift = jnp.where(top > ZERO, exponent - top, 0)
+    return Scaled(mantissa * power_of_two(shift, mantissa.dtype), top)
 
 
 def aligned(parts: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:

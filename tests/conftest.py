@@ -11,6 +11,8 @@ import pytest
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the time goes into compiling programs that run once, on a few numbers.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # The first example compiles, so no deadline can be right.
 hypothesis.settings.register_profile("local", deadline=None)

@@ -131,6 +131,12 @@ def case(request, x64):
     return built(request.param)
 
 
+@pytest.fixture(params=["chain", "stream", "grouped"])
+def few(request, x64):
+    """Three of the cases, for what costs a compilation of its own."""
+    return built(request.param)
+
+
 def incidences(spec: ArchSpec) -> np.ndarray:
     """B, (p, H), from the definition."""
     columns = []
@@ -268,8 +274,8 @@ def test_minimum_of_any_spec(case, method):
     np.testing.assert_allclose(solution.gradient_norm, np.linalg.norm(slope), rtol=0, atol=1e-6)
 
 
-def test_block_never_increases_the_objective(case):
-    gram, spec = case
+def test_block_never_increases_the_objective(few):
+    gram, spec = few
     values = [
         float(solve(gram, spec, method="block", max_steps=k, tol=0.0).objective) for k in range(5)
     ]
@@ -324,8 +330,8 @@ def test_minimum_in_a_box(case, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_bound_holds_at_every_step(case, method):
-    gram, spec = case
+def test_the_bound_holds_at_every_step(few, method):
+    gram, spec = few
     problem = path_terms(spec, gram)
     best = minimum(problem)[1]
     for steps in range(6):
@@ -499,8 +505,8 @@ def norm_terms(spec, params, weight):
     return (weight, -2.0, flat(spec, squares)), reduced
 
 
-def test_a_sum_of_terms(case):
-    gram, spec = case
+def test_a_sum_of_terms(few):
+    gram, spec = few
     params = draw(np.random.default_rng(1), {k: v.shape for k, v in gram.items()})
     dense, reduced = norm_terms(spec, params, 0.3 * spec.num_parameters)
     b, terms, linear = path_terms(spec, gram)
@@ -518,8 +524,8 @@ def test_a_sum_of_terms(case):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_single_norm(case, method):
-    gram, spec = case
+def test_a_single_norm(few, method):
+    gram, spec = few
     dense, reduced = norm_terms(spec, gram, 1.0)
     zero = tuple(np.zeros(group.size) for group in spec.groups)
     z, value = minimum((incidences(spec), [dense], join(zero)))
@@ -528,8 +534,8 @@ def test_a_single_norm(case, method):
     np.testing.assert_allclose(join(solution.log_scales), z, rtol=0, atol=1e-4)
 
 
-def test_smooth_functions(case):
-    gram, spec = case
+def test_smooth_functions(few):
+    gram, spec = few
 
     def function(log_scales):
         return sum(jnp.sum(jnp.cosh(z - 0.5)) for z in log_scales)
@@ -593,8 +599,8 @@ def test_colors():
     np.testing.assert_array_equal(sweeps.colors(recurrent(rng)[1]).joined, [True])
 
 
-def test_blocks_sum_what_the_definition_sums(case):
-    gram, spec = case
+def test_blocks_sum_what_the_definition_sums(few):
+    gram, spec = few
     b, z = incidences(spec), np.random.default_rng(1).normal(size=spec.num_neurons)
     table = blocks.table(spec)
     stacks = blocks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)

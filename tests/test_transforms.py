@@ -305,7 +305,7 @@ def test_accumulated_gradients():
         if number % 2 == 0:
             reference, _ = small_condition(reference)
         chex.assert_trees_all_close(params, reference, rtol=1e-4, atol=1e-5)
-    assert int(state.inner_state.inner_opt_state[1].count) == 4
+    assert int(state.inner_state.inner_opt_state[1].num_updates) == 4
 
 
 def test_lookahead_slow_weights_travel():
