@@ -241,6 +241,7 @@ def _by_tracing() -> dict[str, Any]:
         lambda x: jax.lax.clamp(x, x, x),
         lambda x: jax.lax.square(x),
         jax.lax.stop_gradient,
+        jax.checkpoint(lambda x: x + 1),
     )
     found = {}
     for program in programs:
@@ -249,7 +250,10 @@ def _by_tracing() -> dict[str, Any]:
     return found
 
 
-_CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat", "closed_call", "core_call")
+_CALLS = (
+    *("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "core_call"),
+    *("remat", "remat2", "checkpoint"),
+)
 
 
 @functools.cache
@@ -266,7 +270,13 @@ def _inner_call(eqn: Any) -> Any:
 
 
 def _foldable(eqn: Any) -> bool:
-    return not eqn.effects and not any(True for _ in jex_core.jaxprs_in_params(eqn.params))
+    return not eqn.effects and not any(map(_holds_program, eqn.params.values()))
+
+
+def _holds_program(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_holds_program, value))
+    return isinstance(value, (jex_core.Jaxpr, jex_core.ClosedJaxpr))
 
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "optax", "chex", "numpy", "pathcond_jax")

@@ -9,7 +9,7 @@ two for each entry.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -247,6 +247,7 @@ class _Probe:
         rng = np.random.default_rng(0)
         self._spec, self._runs = spec, dict[float, tuple[Arrays, Arrays]]()
         self._run = jax.jit(functools.partial(_run, optax.with_extra_args_support(inner), extra))
+        self._compiled: Callable[..., Any] | None = None
         self._factors: list[np.ndarray] = []
         self._params: list[np.ndarray] = []
         self._grads: list[np.ndarray] = []
@@ -293,7 +294,10 @@ class _Probe:
         ]
         try:
             with _lenient():
-                flat = self._run(tree(params), tree(grads))
+                # Compiled ahead, it gives concrete values also inside of a trace.
+                if self._compiled is None:
+                    self._compiled = self._run.lower(tree(params), tree(grads)).compile()
+                flat = self._compiled(tree(params), tree(grads))
                 return {
                     path: np.asarray(value, np.float64)
                     for path, value in jax.tree_util.tree_flatten_with_path(flat)[0]
@@ -332,14 +336,10 @@ def _run(
 
 @contextlib.contextmanager
 def _lenient() -> Iterator[None]:
-    """Concrete values inside a trace, and the promotion that optimizers are written for."""
+    """The promotion that optimizers are written for."""
     token = _PROBING.set(True)
     try:
-        with (
-            jax.ensure_compile_time_eval(),
-            jax.numpy_dtype_promotion("standard"),
-            jax.numpy_rank_promotion("allow"),
-        ):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             yield
     finally:
         _PROBING.reset(token)
