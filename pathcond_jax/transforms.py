@@ -66,7 +66,7 @@ def recondition(
     """Conditions the parameters every k updates; the last element of a chain.
 
     On a due update, the emitted update takes the parameters to the conditioned representative of
-    where they were going; any other update is passed on as it is, at no cost. The network's
+    where they were going; any other update is passed on as it is. The network's
     function is the same as without this element up to that moment. The state of the optimizer
     stays in the old coordinates: :func:`reconditioned` takes it along.
 
