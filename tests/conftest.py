@@ -14,6 +14,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the time goes into compiling programs that run once, on a few numbers.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# A program of its own, which test_sharding.py starts; --doctest-modules would import it.
+collect_ignore = ["sharded_program.py"]
+
 # The first example compiles, so no deadline can be right.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
