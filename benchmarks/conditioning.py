@@ -1,7 +1,7 @@
 """What conditioning costs: seconds, steps and memory, on this machine's device.
 
     python benchmarks/conditioning.py [--networks mlp3 conv ...] [--repeats 7] [--json FILE]
-                                      [--reference DIR]
+                                      [--reference DIR] [--depths 50 200]
 
 For each network: the Gram diagonal, each solver from that diagonal, the whole ``condition``, one
 training step at batch 128, compile time, and the objective reached. ``--reference`` also times
@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import NETWORKS, prepared, train_step
+from networks import MLP, NETWORKS, Network, prepared, train_step
 
 import pathcond_jax as pathcond
 
@@ -168,13 +168,24 @@ def _load(model: Any, variables: Any) -> None:
                 parameter.copy_(torch.from_numpy(queue.pop(0).copy()))
 
 
+def deep(depth: int, width: int = 8) -> float:
+    """The seconds that tracing and compiling ``condition`` take for an MLP of many layers."""
+    network = Network(MLP((width,) * depth, width), (width,))
+    apply, variables = prepared(network)
+    spec = pathcond.trace_spec(apply, variables, jnp.ones((1, width)))
+    return compiled(lambda v: pathcond.condition(v, spec), variables)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reference", type=Path, metavar="DIR")
+    parser.add_argument("--depths", nargs="*", type=int, default=[], help="of MLPs to compile")
     options = parser.parse_args()
+    for depth in options.depths:
+        print(f"condition compiles in {deep(depth):.1f} s at depth {depth}", flush=True)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, median of {options.repeats}")
     rows = {}
     for name in options.networks:

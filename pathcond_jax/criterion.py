@@ -1,5 +1,6 @@
 """What a criterion is: something that chooses log-scales, and sums of such things."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pathcond_jax.solvers import Solution, solve
 from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves
 
 
-class Criterion:
+class Criterion(abc.ABC):
     """What ``condition`` balances.
 
     Attributes:
@@ -23,6 +24,7 @@ class Criterion:
 
     name: str
 
+    @abc.abstractmethod
     def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
         """The log-scales that this criterion chooses.
 
@@ -34,7 +36,6 @@ class Criterion:
         Returns:
           The solution; log-scales 0 and a status where a parameter is not finite.
         """
-        raise NotImplementedError
 
     def __add__(self, other: Any) -> "Criterion":
         if not isinstance(self, Balance) or not isinstance(other, Balance):
