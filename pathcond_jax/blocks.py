@@ -9,6 +9,8 @@ of any depth stay inside float32.
 """
 
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,13 +20,17 @@ import numpy as np
 from pathcond_jax.reduction import Block, LogSum, layout
 from pathcond_jax.spec import ArchSpec
 
+# Stacks are merged until their entries are this many times the blocks', or this many.
+PADDED = 1.5
+PADDED_AT_LEAST = 2**14
+
 
 class Piece(NamedTuple):
     """A block, or the entries of a block that lose two opposite neurons.
 
     Attributes:
       block: position in ``layout(spec).blocks``.
-      shape: (batch, rows, cols).
+      shape: (batch, rows, cols) in its stack, where zeros may follow the rows and the columns.
       rows: integer (slots, batch, rows), positions in ``[z, −z, 0]`` whose sum is (Bz) of a row.
       cols: the same for columns.
       picked: index arrays of the entries that make up this piece; None: all of the block.
@@ -45,7 +51,7 @@ class Table(NamedTuple):
     Attributes:
       size: H, the number of neurons.
       starts: where each group begins in the flat vector of neurons; ends with H.
-      stacks: pieces of one (rows, cols) shape, concatenated along the batch axis.
+      stacks: pieces brought to one (rows, cols) shape, concatenated along the batch axis.
       shapes: the shape of each stack.
       slots: integer (slots, positions) into ``[z, −z, 0]``, whose sum is what a position adds
         to (Bz). Positions are the rows of the first stack, its columns, the rows of the second.
@@ -90,22 +96,17 @@ def table(spec: ArchSpec) -> Table:
     starts = tuple(int(n) for n in np.cumsum([0, *layout(spec).sizes]))
     pieces = [p for k, b in enumerate(layout(spec).blocks) for p in _pieces(k, b, starts)]
     depth = max(slots.shape[0] for piece in pieces for slots in (piece.rows, piece.cols))
-    stacks: dict[tuple[int, ...], list[Piece]] = {}
-    for piece in pieces:
-        rows, cols = (_padded(slots, depth, 2 * starts[-1]) for slots in (piece.rows, piece.cols))
-        stacks.setdefault(piece.shape[1:], []).append(piece._replace(rows=rows, cols=cols))
+    stacks = _stacks(pieces, depth, 2 * starts[-1])
     sides = [
         [getattr(piece, side).reshape(depth, -1) for piece in stack]
-        for stack in stacks.values()
+        for stack in stacks
         for side in ("rows", "cols")
     ]
     return Table(
         size=starts[-1],
         starts=starts,
-        stacks=tuple(map(tuple, stacks.values())),
-        shapes=tuple(
-            (sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks.values()
-        ),
+        stacks=stacks,
+        shapes=tuple((sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks),
         # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
         slots=np.concatenate([slots for side in sides for slots in side], 1).astype(np.int32),
     )
@@ -250,18 +251,17 @@ def _finite(top: jax.Array) -> jax.Array:
 
 
 def _stack(term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    parts, logs = [], []
+    parts = []
     for piece in stack:
         values = term.masses[piece.block].astype(dtype)
         for entries in piece.cleared:
             values = values.at[entries].set(0)
         if piece.picked is not None:
             values = values[piece.picked][None, :, None]
-        parts.append(values)
-        logs.append(jnp.broadcast_to(term.log_scales[piece.block].astype(dtype), piece.shape[:1]))
-    return (
-        (jnp.concatenate(parts), jnp.concatenate(logs)) if len(parts) > 1 else (parts[0], logs[0])
-    )
+        parts.append(_fitted(values, piece.shape))
+    logs = jnp.stack([term.log_scales[piece.block].astype(dtype) for piece in stack])
+    owners = np.repeat(np.arange(len(stack)), [piece.shape[0] for piece in stack])
+    return jnp.concatenate(parts), logs[owners.astype(np.int32)]
 
 
 def _equilibrated(
@@ -320,5 +320,73 @@ def _opposite(row: np.ndarray, col: np.ndarray, size: int) -> tuple[np.ndarray, 
     return np.nonzero(opposite[:, :, None] == col[:, None, :])
 
 
-def _padded(slots: np.ndarray, depth: int, empty: int) -> np.ndarray:
-    return np.pad(slots, ((0, depth - len(slots)), (0, 0), (0, 0)), constant_values=empty)
+def _stacks(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, ...], ...]:
+    """Pieces of one shape together, and pieces of other shapes with them where that is cheap.
+
+    Each stack makes the compiled program longer; zeros around the smaller pieces do not.
+    """
+    stacks: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in pieces:
+        stacks.setdefault(piece.shape[1:], []).append(piece)
+    entries = sum(math.prod(piece.shape) for piece in pieces)
+    budget = max(PADDED * entries, PADDED_AT_LEAST) - entries
+    while len(stacks) > 1:
+        growths = {pair: _growth(stacks, *pair) for pair in itertools.combinations(stacks, 2)}
+        pair = min(growths, key=lambda pair: growths[pair])
+        budget -= growths[pair]
+        if budget < 0:
+            break
+        one, other = (stacks.pop(shape) for shape in pair)
+        stacks.setdefault(_around(*pair), []).extend(one + other)
+    framed: dict[tuple[int, ...], list[Piece]] = {}
+    for shape, stack in stacks.items():
+        for piece in stack:
+            vector = shape[1] == 1 and bool((piece.cols == empty).all())
+            fitted = _entries(piece, empty) if vector else piece
+            fitted = _framed(fitted, (1, 1) if vector else shape, depth, empty)
+            framed.setdefault(fitted.shape[1:], []).append(fitted)
+    return tuple(map(tuple, framed.values()))
+
+
+def _around(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(max, one, other))
+
+
+def _growth(
+    stacks: dict[tuple[int, ...], list[Piece]], one: tuple[int, ...], other: tuple[int, ...]
+) -> int:
+    """The zeros that two stacks need to become one."""
+    around = math.prod(_around(one, other))
+    return sum(
+        piece.shape[0] * (around - math.prod(shape))
+        for shape in (one, other)
+        for piece in stacks[shape]
+    )
+
+
+def _entries(piece: Piece, empty: int) -> Piece:
+    """A vector as single entries, one after the other: vectors of all lengths are of one shape."""
+    rows = piece.rows.reshape(len(piece.rows), -1, 1)
+    return piece._replace(
+        shape=(rows.shape[1], 1, 1), rows=rows, cols=np.full((1, *rows.shape[1:]), empty)
+    )
+
+
+def _framed(piece: Piece, shape: tuple[int, ...], depth: int, empty: int) -> Piece:
+    """The piece among zeros."""
+    rows, cols = (
+        np.pad(
+            slots,
+            ((0, depth - len(slots)), (0, 0), (0, size - slots.shape[2])),
+            constant_values=empty,
+        )
+        for slots, size in zip((piece.rows, piece.cols), shape, strict=True)
+    )
+    return piece._replace(shape=(piece.shape[0], *shape), rows=rows, cols=cols)
+
+
+def _fitted(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """A piece's masses in its place in a stack."""
+    if values.size == math.prod(shape):
+        return values.reshape(shape)
+    return jnp.pad(values, [(0, wanted - n) for wanted, n in zip(shape, values.shape, strict=True)])

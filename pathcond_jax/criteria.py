@@ -34,6 +34,7 @@ References:
   Xiao, Lin, Seznec, Wu, Demouth, Han, *SmoothQuant*, ICML 2023.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,17 +113,14 @@ def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
         values, depths = match_leaves(spec, params), roles.depths(spec)
         ignored = frozenset() if biases else roles.biases(spec)
-        mantissas, exponents = [], []
-        for leaf, value in zip(spec.leaves, values, strict=True):
-            counts = leaf.trainable and leaf.path not in ignored
-            mantissa, exponent = _power(
-                value if counts else np.zeros(leaf.shape, np.float32),
-                p,
-                -p * depths[leaf.path] * math.log2(depth_penalty),
-            )
-            mantissas.append(mantissa)
-            exponents.append(exponent)
-        trees = (jax.tree.unflatten(spec.treedef, part) for part in (mantissas, exponents))
+        counted = [
+            value
+            if leaf.trainable and leaf.path not in ignored
+            else np.zeros(leaf.shape, np.float32)
+            for leaf, value in zip(spec.leaves, values, strict=True)
+        ]
+        extra = tuple(-p * depths[leaf.path] * math.log2(depth_penalty) for leaf in spec.leaves)
+        trees = (spec.treedef.unflatten(part) for part in _powers(counted, p, extra))
         masses = reduction.reduce_masses(spec, ScaledDiagonal(*trees))
         term = LogSum(2.0 / p * spec.num_parameters, -float(p), *masses)
         return Objective((term,), _nothing(spec))
@@ -371,6 +369,15 @@ def as_criterion(criterion: Criterion | str, *, norm_weight: float = 0.0) -> Cri
 
 def _nothing(spec: ArchSpec) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros(group.size) for group in spec.groups)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _powers(
+    values: list[Any], p: float, extra: tuple[float, ...]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """``|value|^p 2^extra`` of each, as mantissas and the exponents of powers of two."""
+    pairs = [_power(value, p, more) for value, more in zip(values, extra, strict=True)]
+    return [mantissa for mantissa, _ in pairs], [exponent for _, exponent in pairs]
 
 
 def _power(value: Any, p: float, extra: float) -> tuple[jax.Array, jax.Array]:

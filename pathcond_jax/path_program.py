@@ -43,6 +43,8 @@ from pathcond_jax.scaled import Scaled
 # What a rule sees: the run, the operation and its inputs; it returns the operation's outputs.
 Rule = Callable[["Lifting", Node, list[Value]], list[Value]]
 
+_MULTIPLES_IN_A_ROW = 3
+
 
 class Lifting:
     """One forward run of a program on powers of its parameters.
@@ -96,9 +98,9 @@ class Lifting:
 
     def weight(self, value: Coefficient) -> Coefficient:
         """Enters a trainable coefficient that is no product of others."""
-        value.power = _powered(value.raw, self.order, self.dtype, self.keep_zero)
+        power = self.power(value)
         if self.mantissas is not None:
-            value.power = value.power._replace(mantissa=self.mantissas[len(self.weights)])
+            value.power = power._replace(mantissa=self.mantissas[len(self.weights)])
         self.weights.append(value)
         return value
 
@@ -134,11 +136,17 @@ class Lifting:
             raise unliftable(node)
         return self.made(node, known)
 
-    def product(self, linear: Call, *factors: Value, extra: tuple[Any, ...] = ()) -> Scaled:
+    def product(
+        self,
+        linear: Call,
+        *factors: Value,
+        extra: tuple[Any, ...] = (),
+        multiple_of: tuple[Signal, ...] = (),
+    ) -> Scaled:
         """A function linear in each factor; ``record`` enters what it makes."""
         powers = [self.power(factor) for factor in factors]
-        fixed = all(map(is_fixed_scalar, factors[1:]))
-        return _forward(linear, len(powers) > 1 and not fixed, self.keep_zero, powers, extra)
+        normalize = _changes_magnitude(factors, multiple_of)
+        return _forward(linear, normalize, self.keep_zero, powers, extra)
 
     def multiplied(self, linear: Call, *factors: Value, multiple: bool = False) -> Signal:
         """A product of coefficients and one signal."""
@@ -148,7 +156,7 @@ class Lifting:
             if isinstance(factor, Coefficient) and factor.trainable:
                 met |= self._use(factor.entries, signal.met)
         chain = (signal, *signal.multiple_of) if multiple else ()
-        made = Signal(self.product(linear, *factors), chain, met)
+        made = Signal(self.product(linear, *factors, multiple_of=chain), chain, met)
         self.record(made, linear, factors)
         return made
 
@@ -292,8 +300,10 @@ class Lifting:
             for adjoint, value in zip(found, record.outputs, strict=True)
         ]
         # Derivatives by parameters are as large as these and stay as they are.
-        product = record.kind is Kind.PRODUCT and len(record.inputs) > 1
-        normalize = tuple(product and isinstance(value, Signal) for value in record.inputs)
+        changed = record.kind is Kind.PRODUCT and _changes_magnitude(
+            record.inputs, getattr(record.outputs[0], "multiple_of", ())
+        )
+        normalize = tuple(changed and isinstance(value, Signal) for value in record.inputs)
         parts = _pulled(
             record.linear,
             record.kind,
@@ -325,6 +335,16 @@ class Lifting:
                     "has a path norm, and a gram_matrix, but its Gram diagonal is no sum over the "
                     "weight's entries; use a criterion that needs no path lifting"
                 )
+
+
+def _changes_magnitude(factors: Sequence[Value], multiple_of: Sequence[Signal]) -> bool:
+    """Whether a product may be so much smaller or larger than its factors that it is normalized.
+
+    The largest entries of weights are near 1: a few elementwise multiples leave the range of no
+    dtype. Each maximum that is not taken is a pass over the signal and a kernel to compile less.
+    """
+    several = len(factors) > 1 and not all(map(is_fixed_scalar, factors[1:]))
+    return several and not 0 < len(multiple_of) <= _MULTIPLES_IN_A_ROW
 
 
 _powered = jax.jit(scaled.powered, static_argnums=(1, 2, 3))

@@ -165,6 +165,13 @@ def reduce_masses(
     spec: ArchSpec, tree: PyTree | ScaledDiagonal, reduction: Reduction = SUM
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Reduces the trainable entries of a parameter-shaped tree to the blocks of the layout."""
+    return _reduce_masses(tree, spec, reduction)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _reduce_masses(
+    tree: PyTree | ScaledDiagonal, spec: ArchSpec, reduction: Reduction
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     if isinstance(tree, ScaledDiagonal):
         values = match_leaves(spec, tree.mantissa, "gram")
         scales = list(jax.tree.leaves(tree.log_scale))
@@ -305,7 +312,8 @@ def _reduce_block(
         return functools.reduce(reduction.pair, parts), jnp.zeros((), dtype)
     logs = jnp.stack([jnp.asarray(0 if o is None else o).astype(dtype) for o in offsets])
     top = jnp.where(jnp.isfinite(logs.max()), logs.max(), 0)
-    parts = [part * jnp.exp(log - top) for part, log in zip(parts, logs, strict=True)]
+    factors = jnp.exp(logs - top)
+    parts = [part * factor for part, factor in zip(parts, factors, strict=True)]
     return functools.reduce(reduction.pair, parts), top
 
 

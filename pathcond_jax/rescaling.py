@@ -142,12 +142,7 @@ def condition(
             solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
         # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
         keep = solution.status == Status.NON_FINITE
-        rescaled = jax.tree.map(
-            lambda old, new: old if new is old else jnp.where(keep, old, new),
-            params,
-            rescale(params, spec, solution.log_scales),
-        )
-        return rescaled, solution
+        return _unless(keep, params, rescale(params, spec, solution.log_scales)), solution
 
     return automatic(conditioned, params)
 
@@ -262,6 +257,22 @@ def _rescaled(
                 by_path.setdefault(incidence.path, []).append(along)
     paths = [leaf.path for leaf in spec.leaves if leaf.path in by_path]
     return [_multiplied(value, by_path[path]) for path, value in zip(paths, values, strict=True)]
+
+
+def _unless(keep: jax.Array, old: PyTree, new: PyTree) -> PyTree:
+    """``new``, or ``old`` where ``keep``; leaves that are the same object in both stay it."""
+    before, treedef = jax.tree.flatten(old)
+    after = jax.tree.leaves(new)
+    changed = [k for k, (o, n) in enumerate(zip(before, after, strict=True)) if o is not n]
+    chosen = _where(keep, [before[k] for k in changed], [after[k] for k in changed])
+    for k, value in zip(changed, chosen, strict=True):
+        after[k] = value
+    return jax.tree.unflatten(treedef, after)
+
+
+@jax.jit
+def _where(keep: jax.Array, old: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.where(keep, o, n) for o, n in zip(old, new, strict=True)]
 
 
 def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:

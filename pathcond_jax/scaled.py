@@ -29,7 +29,7 @@ def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
 
 def times_power_of_two(value: jax.Array, exponent: jax.Array) -> jax.Array:
     """Value · 2^exponent in two steps: the power may leave the range where the product does not."""
-    half = exponent // 2
+    half = lax.shift_right_arithmetic(exponent, np.int32(1))
     return value * power_of_two(half, value.dtype) * power_of_two(exponent - half, value.dtype)
 
 
@@ -52,11 +52,8 @@ def normalized(mantissa: jax.Array, exponent: jax.Array, keep_zero: bool = False
     """
     if not mantissa.size:
         return Scaled(mantissa, exponent)
-    # XLA repeats chains of scalars in every kernel that reads them; a maximum over absolute
-    # exponents cuts the chain, so that compile time stays linear in depth.
-    largest = mantissa.max(tuple(range(mantissa.ndim - 1))) if mantissa.ndim > 1 else mantissa
-    own = exponent_of(largest)
-    top = jnp.where(own > ZERO, own + exponent, np.int32(ZERO)).max()
+    own = exponent_of(mantissa.max())
+    top = _computed_once(jnp.where(own > ZERO, own + exponent, np.int32(ZERO)))
     if keep_zero:
         top = jnp.where(top > ZERO, top, exponent)
     # 2^(exponent − ZERO) is inf, and 0 · inf is NaN.
@@ -82,10 +79,19 @@ def powered(value: jax.Array, order: int, dtype: Any, keep_zero: bool = False) -
     size = abs(value.astype(dtype))
     if not size.size:
         return Scaled(size, jnp.zeros((), jnp.int32))
-    top = exponent_of(size.max())
+    top = _computed_once(exponent_of(size.max()))
     known = jnp.where(top > ZERO, top, 0)
     mantissa = times_power_of_two(size, -known) ** order
     return Scaled(mantissa, known * order if keep_zero else jnp.where(top > ZERO, top * order, top))
+
+
+def _computed_once(exponents: jax.Array) -> jax.Array:
+    """The same exponents, out of XLA's sight.
+
+    XLA repeats chains of scalars in every kernel that reads them, so that compile time would be
+    quadratic in depth; a maximum over an axis cuts the chain.
+    """
+    return jnp.where(np.array([True, False]), exponents[..., None], np.int32(ZERO)).max(-1)
 
 
 def _format(dtype: Any) -> tuple[Any, Any]:
