@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax.reduction import Block, LogSum, layout
+from pathcond_jax.sharding import segment_max, segment_sum
 from pathcond_jax.spec import ArchSpec
 
-# Stacks are merged until their entries are this many times the blocks', or this many.
-PADDED = 1.5
-PADDED_AT_LEAST = 2**14
+# Stacks are merged while they need no more zeros than this in all. Large ones stay apart: devices
+# that divide them could not do so alike.
+PADDING = 2**14
 
 
 class Piece(NamedTuple):
@@ -159,7 +160,7 @@ def groups_of(slots: np.ndarray, table: Table) -> np.ndarray:
 def collect(table: Table, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that leave and over those that enter each neuron: two of (H,)."""
     flat = jnp.tile(values, table.slots.shape[0])
-    sums = jax.ops.segment_sum(flat, table.slots.reshape(-1), 2 * table.size + 1)
+    sums = segment_sum(flat, table.slots.reshape(-1), 2 * table.size + 1)
     return sums[: table.size], sums[table.size : -1]
 
 
@@ -172,8 +173,8 @@ def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def segment_logsumexp(logs: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
     """Log Σ exp over each of ``count`` segments; −inf where there is nothing."""
-    top = _finite(jax.ops.segment_max(logs, segments, count))
-    return jnp.log(jax.ops.segment_sum(jnp.exp(logs - top[segments]), segments, count)) + top
+    top = _finite(segment_max(logs, segments, count))
+    return jnp.log(segment_sum(jnp.exp(logs - top[segments]), segments, count)) + top
 
 
 def logsumexp(logs: jax.Array, axis: int | None = None) -> jax.Array:
@@ -328,8 +329,7 @@ def _stacks(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, .
     stacks: dict[tuple[int, ...], list[Piece]] = {}
     for piece in pieces:
         stacks.setdefault(piece.shape[1:], []).append(piece)
-    entries = sum(math.prod(piece.shape) for piece in pieces)
-    budget = max(PADDED * entries, PADDED_AT_LEAST) - entries
+    budget = PADDING
     while len(stacks) > 1:
         growths = {pair: _growth(stacks, *pair) for pair in itertools.combinations(stacks, 2)}
         pair = min(growths, key=lambda pair: growths[pair])
@@ -338,14 +338,10 @@ def _stacks(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, .
             break
         one, other = (stacks.pop(shape) for shape in pair)
         stacks.setdefault(_around(*pair), []).extend(one + other)
-    framed: dict[tuple[int, ...], list[Piece]] = {}
-    for shape, stack in stacks.items():
-        for piece in stack:
-            vector = shape[1] == 1 and bool((piece.cols == empty).all())
-            fitted = _entries(piece, empty) if vector else piece
-            fitted = _framed(fitted, (1, 1) if vector else shape, depth, empty)
-            framed.setdefault(fitted.shape[1:], []).append(fitted)
-    return tuple(map(tuple, framed.values()))
+    return tuple(
+        tuple(_framed(piece, shape, depth, empty) for piece in stack)
+        for shape, stack in stacks.items()
+    )
 
 
 def _around(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
@@ -364,14 +360,6 @@ def _growth(
     )
 
 
-def _entries(piece: Piece, empty: int) -> Piece:
-    """A vector as single entries, one after the other: vectors of all lengths are of one shape."""
-    rows = piece.rows.reshape(len(piece.rows), -1, 1)
-    return piece._replace(
-        shape=(rows.shape[1], 1, 1), rows=rows, cols=np.full((1, *rows.shape[1:]), empty)
-    )
-
-
 def _framed(piece: Piece, shape: tuple[int, ...], depth: int, empty: int) -> Piece:
     """The piece among zeros."""
     rows, cols = (
@@ -387,6 +375,4 @@ def _framed(piece: Piece, shape: tuple[int, ...], depth: int, empty: int) -> Pie
 
 def _fitted(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """A piece's masses in its place in a stack."""
-    if values.size == math.prod(shape):
-        return values.reshape(shape)
     return jnp.pad(values, [(0, wanted - n) for wanted, n in zip(shape, values.shape, strict=True)])

@@ -24,6 +24,7 @@ from pathcond_jax import blocks
 from pathcond_jax.criteria import norm
 from pathcond_jax.reduction import LogSum, Objective, Smooth, reduce_masses
 from pathcond_jax.rescaling import rescale
+from pathcond_jax.sharding import segment_sum
 from pathcond_jax.solvers import Solution, solve
 from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, compute_dtype, match_leaves
 
@@ -198,7 +199,7 @@ def _energies(value: jax.Array, incidence: Incidence, size: int) -> jax.Array:
     order = tuple(sorted(incidence.axes).index(axis) for axis in incidence.axes)
     squares = jnp.transpose(squares.sum(rest), order)
     segments = np.where(incidence.index >= 0, incidence.index, size).reshape(-1)
-    return jax.ops.segment_sum(squares.reshape(-1), segments, size + 1)[:size]
+    return segment_sum(squares.reshape(-1), segments, size + 1)[:size]
 
 
 Fields = Callable[[jax.Array], jax.Array]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax.lifting import ScaledDiagonal
+from pathcond_jax.sharding import segment_max, segment_sum
 from pathcond_jax.spec import (
     ArchSpec,
     Incidence,
@@ -157,8 +158,8 @@ class Reduction(NamedTuple):
     pair: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-SUM = Reduction(jnp.sum, jax.ops.segment_sum, jnp.add)
-MAX = Reduction(jnp.max, jax.ops.segment_max, jnp.maximum)
+SUM = Reduction(jnp.sum, segment_sum, jnp.add)
+MAX = Reduction(jnp.max, segment_max, jnp.maximum)
 
 
 def reduce_masses(

@@ -1,9 +1,10 @@
-"""Meshes with explicit axes, in which the types of arrays say how they are sharded."""
+"""What arrays that are divided among devices need: explicit axes, uneven parts of segments."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pathcond_jax.spec import PyTree
@@ -34,3 +35,33 @@ def automatic(
         jax.tree.map(lambda _: everywhere, rest),
     )
     return jax.sharding.auto_axes(function, out_sharding=out)(params)
+
+
+def segment_sum(values: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
+    """``jax.ops.segment_sum``, right also where devices hold unequal numbers of values.
+
+    Args:
+      values: ``(n, ...)``.
+      segments: integer ``(n,)``, each below ``count``.
+      count: the number of segments.
+
+    Returns:
+      ``(count, ...)``.
+    """
+    return _of_one_more(jax.ops.segment_sum, values, segments, count)
+
+
+def segment_max(values: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
+    """``jax.ops.segment_max`` under the conditions of :func:`segment_sum`."""
+    return _of_one_more(jax.ops.segment_max, values, segments, count)
+
+
+def _of_one_more(
+    operation: Callable[..., jax.Array],
+    values: jax.Array,
+    segments: np.ndarray | jax.Array,
+    count: int,
+) -> jax.Array:
+    # XLA makes the parts equal by appending anything to the values and 0 to their segments, so
+    # segment 0 must be nobody's.
+    return operation(values, segments + 1, count + 1)[1:]

@@ -7,7 +7,8 @@ import re
 import sys
 
 DEVICES, PROCESSES = int(sys.argv[1]), int(sys.argv[2])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // PROCESSES}"
+flags = f"--xla_force_host_platform_device_count={DEVICES // PROCESSES}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
