@@ -56,7 +56,13 @@ def conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...
       >>> [c.tolist() for c in pathcond.conserved_quantities(params, spec)]
       [[8.0, -4.0]]
     """
-    values = dict(zip((leaf.path for leaf in spec.leaves), match_leaves(spec, params), strict=True))
+    match_leaves(spec, params)
+    return _conserved_quantities(params, spec)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...]:
+    values = dict(zip((leaf.path for leaf in spec.leaves), jax.tree.leaves(params), strict=True))
     quantities = []
     for group in spec.groups:
         sides = [

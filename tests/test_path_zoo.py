@@ -60,8 +60,9 @@ def test_what_rescaling_does_to_the_lifting(name):
     # Euler: what enters and what leaves a neuron carry the same paths.
     shares, total = [], 0.0
     for leaf, g, p in zip(spec.leaves, *map(jax.tree.leaves, (gram, params)), strict=True):
-        shares.append(jnp.sqrt(g) * p if leaf.trainable else p)
-        total += float(jnp.sum(g * p**2)) if leaf.trainable else 0.0
+        share = np.sqrt(g) * np.asarray(p) if leaf.trainable else p
+        shares.append(jnp.asarray(share))
+        total += float(np.sum(share**2)) if leaf.trainable else 0.0
     for difference in pathcond.conserved_quantities(jax.tree.unflatten(spec.treedef, shares), spec):
         assert np.abs(difference).max() < 1e-5 * total
 
