@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from pathcond_jax.rescaling import LogScales, condition, rescale, round_to_powers_of_two
 from pathcond_jax.solvers import Status
@@ -104,6 +105,8 @@ class Rule:
         log_scales, shortened = self._representable(solution.log_scales)
         if self._rounding is not None:
             log_scales = round_to_powers_of_two(log_scales)
+        # Added anew: kept beside what the solver needs, the sum would be one more copy in memory.
+        new = self.added(*lax.optimization_barrier((params, updates)))
         rescaled = [rescale(tree, self._spec, log_scales) for tree in _copies(new)]
         finite = solution.status != Status.NON_FINITE
 
