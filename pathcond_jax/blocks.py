@@ -362,15 +362,16 @@ def _growth(
 
 def _framed(piece: Piece, shape: tuple[int, ...], depth: int, empty: int) -> Piece:
     """The piece among zeros."""
+    height, width = shape
     rows, cols = (
         np.pad(
             slots,
             ((0, depth - len(slots)), (0, 0), (0, size - slots.shape[2])),
             constant_values=empty,
         )
-        for slots, size in zip((piece.rows, piece.cols), shape, strict=True)
+        for slots, size in ((piece.rows, height), (piece.cols, width))
     )
-    return piece._replace(shape=(piece.shape[0], *shape), rows=rows, cols=cols)
+    return piece._replace(shape=(piece.shape[0], height, width), rows=rows, cols=cols)
 
 
 def _fitted(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:

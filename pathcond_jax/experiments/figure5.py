@@ -38,11 +38,11 @@ NAMES = (methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM)
 
 def tasks(options: Options) -> list[Task]:
     """The sizes of the log-scales by compression, then training by compression and rate."""
-    widths = WIDTHS.get(options.dataset, WIDTHS["mnist"])
+    widths = list(WIDTHS.get(options.dataset, WIDTHS["mnist"]).items())
     rates = LEARNING_RATES[options.dataset]
     seeds, epochs = 3, 500
     if options.quick:
-        rates, seeds, epochs = rates[1:2], 2, 10
+        widths, rates, seeds, epochs = widths[:3:2], rates[1:2], 2, 10
     sizes = [
         Task(
             f"compression {factor}, initialization",
@@ -50,7 +50,7 @@ def tasks(options: Options) -> list[Task]:
             | {"inputs": 64 if options.dataset == "digits" else 784}
             | {"num_seeds": seeds, "seed": options.seed},
         )
-        for factor, hidden in widths.items()
+        for factor, hidden in widths
     ]
     trained = [
         Task(
@@ -60,7 +60,7 @@ def tasks(options: Options) -> list[Task]:
             | {"num_seeds": seeds, "methods": list(NAMES[: 2 if options.quick else 3])}
             | {"seed": options.seed},
         )
-        for factor, hidden in list(widths.items())[: 2 if options.quick else None]
+        for factor, hidden in widths
         for rate in rates
     ]
     return [*sizes, *trained]

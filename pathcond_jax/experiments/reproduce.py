@@ -3,11 +3,13 @@
 To add a study, write a module as ``study.py`` describes and list it in ``STUDIES``.
 """
 
+import contextlib
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -33,6 +35,7 @@ STUDIES = {
     "triangle": "networks with exponentially many linear pieces learn x³",
     "finetuning": "the penalty that gradient descent minimizes after pretraining",
 }
+MEASURE_TIME = ("timing",)
 
 
 class UsageError(ValueError):
@@ -88,7 +91,8 @@ def main(
         # A missing file is better reported now than after an hour of other tasks.
         sources.load(options.dataset, data_dir)
     store = Store(out / name)
-    results = _run_all(module, module.tasks(options), store, data_dir, fresh, console)
+    with _compiled_fast(quick and name not in MEASURE_TIME):
+        results = _run_all(module, module.tasks(options), store, data_dir, fresh, console)
     report = module.report(results)
     for table in report.tables:
         console.print()
@@ -119,6 +123,18 @@ def _dataset(name: str, module: Study, asked: str | None) -> str:
         known = ", ".join(module.DATASETS) or "none: it needs no data"
         raise UsageError(f"{name} has no data set {asked!r}; there are {known}")
     return asked
+
+
+@contextlib.contextmanager
+def _compiled_fast(wanted: bool) -> Iterator[None]:
+    """Small grids take longer to compile than to run, so XLA leaves out most optimizations."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.values[option]
+    jax.config.update(option, before or wanted)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def _run_all(
