@@ -5,6 +5,9 @@ ARGS ?=
 # Whatever depends on what the versions of JAX, Flax and optax trace to, or keep in their states.
 CORE = condition front_doors golden spec symmetry transforms transport zoo
 
+STUDIES = figure1 figure4 moons timing helps conservation alignment condensation triangle finetuning
+STUDIES_ON_DIGITS = figure2 figure3 figure5
+
 # The first interpreter that runs (a shim may exist and fail), is new enough and can make a venv.
 usable = -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 first_usable = $(firstword $(foreach p,$(1),$(shell $(p) $(usable) >/dev/null 2>&1 && echo $(p))))
@@ -16,7 +19,7 @@ pip_install = -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format typecheck wheel oldest bench clean
+.PHONY: help demo test studies lint format typecheck wheel oldest bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -26,6 +29,10 @@ demo: $(VENV)/installed  ## run the demonstration
 
 test: $(VENV)/installed  ## run the tests; ARGS="-k name" goes to pytest
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+studies: $(VENV)/installed  ## run every study of `pathcond reproduce` on its small grid
+	printf '%s\n' $(STUDIES) $(STUDIES_ON_DIGITS:%='% --dataset digits') | xargs -P $(WORKERS) -I '{}' \
+	  sh -c '$(VENV)/bin/pathcond reproduce {} --quick --fresh --out build/studies'
 
 lint: $(VENV)/installed  ## check style and formatting
 	$(VENV)/bin/ruff check
