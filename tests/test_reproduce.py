@@ -167,13 +167,6 @@ def test_every_grid_can_be_stored(name, quick):
         )
 
 
-@pytest.mark.slow
-def test_a_quick_study_that_trains(tmp_path):
-    report = reproduce.main("helps", out=tmp_path, quick=True, console=QUIET)
-    assert all(table.rows for table in report.tables)
-    assert (tmp_path / "helps.png").stat().st_size > 10_000
-
-
 def test_all_studies_are_run_by_make():
     lines = (pathlib.Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8").split("\n")
     made = [name for line in lines if line.startswith("STUDIES") for name in line.split()[2:]]
