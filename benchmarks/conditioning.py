@@ -6,7 +6,7 @@
 For each network: the Gram diagonal, each solver from that diagonal, the whole ``condition``, one
 training step at batch 128, compile time, and the objective reached. ``--reference`` also times
 the authors' PyTorch code from a local checkout on the same weights, in turns with ours (needs
-PyTorch).
+PyTorch and tqdm).
 """
 
 import argparse

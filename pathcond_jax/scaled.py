@@ -79,7 +79,7 @@ def powered(value: jax.Array, order: int, dtype: Any, keep_zero: bool = False) -
     size = abs(value.astype(dtype))
     if not size.size:
         return Scaled(size, jnp.zeros((), jnp.int32))
-    top = _computed_once(exponent_of(size.max()))
+    top = exponent_of(size.max())
     known = jnp.where(top > ZERO, top, 0)
     mantissa = times_power_of_two(size, -known) ** order
     return Scaled(mantissa, known * order if keep_zero else jnp.where(top > ZERO, top * order, top))

@@ -276,27 +276,45 @@ def verdicts(results: list[Result]) -> dict[str, dict[str, str]]:
     return table
 
 
+def overall(results: list[Result], label: str) -> tuple[tuple[float, float], float]:
+    """A start against "standard: none" on all problems together.
+
+    Returns:
+      Mean and half-width of the 95 % interval of log10 of the ratio of the final losses, averaged
+      over the problems for each seed; and the geometric mean of the ratio of the largest stable
+      learning rates.
+    """
+    logs, stable = [], []
+    for result in results:
+        rates = result.settings["learning_rates"]
+        own, reference = result.values[label], result.values["standard: none"]
+        pair = (best(values, rates).loss for values in (own, reference))
+        logs.append(np.subtract(*(np.log10(np.maximum(loss, 1e-12)) for loss in pair)))
+        pair = (np.maximum(values["largest_stable"], 1e-6) for values in (own, reference))
+        stable.append(np.log10(np.divide(*pair)).mean())
+    mean, half = mean_interval(np.mean(logs, axis=0))
+    return (float(mean), float(half)), float(10 ** np.mean(stable))
+
+
 def findings(results: list[Result]) -> list[str]:
     """The verdicts as sentences, and what conditioning does to unbalanced starts."""
     sentences = []
     for name, words in verdicts(results).items():
         counts = [list(words.values()).count(word) for word in ("helps", "same", "hurts")]
+        (mean, half), stable = overall(results, f"standard: {name}")
         sentences.append(
             f"{name}, from the standard start: lower final loss on {counts[0]}, no clear "
-            f"difference on {counts[1]}, higher on {counts[2]} of {len(words)} problems."
+            f"difference on {counts[1]}, higher on {counts[2]} of {len(words)} problems; on "
+            f"average 10^({mean:+.2f} ± {half:.2f}) times the loss, and stable up to {stable:.2g} "
+            "times the learning rate."
         )
-    worse, repaired = [], []
-    for result in results:
-        rates = result.settings["learning_rates"]
-        at = {label: best(values, rates).loss for label, values in result.values.items()}
-        worse.append(log_ratio(at["unbalanced: none"], at["standard: none"])[0])
-        last = result.settings["from_unbalanced"][-1]
-        repaired.append(log_ratio(at[f"unbalanced: {last}"], at["standard: none"])[0])
-    sentences.append(
-        "The unbalanced start, without conditioning, at its own best rate: final loss "
-        f"10^{min(worse):+.2f} to 10^{max(worse):+.2f} times the standard start's; "
-        f"after {last}: 10^{min(repaired):+.2f} to 10^{max(repaired):+.2f}."
-    )
+    for name in results[0].settings["from_unbalanced"]:
+        (mean, half), stable = overall(results, f"unbalanced: {name}")
+        sentences.append(
+            f"{name}, from the unbalanced start: on average 10^({mean:+.2f} ± {half:.2f}) times "
+            f"the final loss of the standard start, stable up to {stable:.2g} times its learning "
+            "rate."
+        )
     return sentences
 
 
