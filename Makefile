@@ -5,9 +5,6 @@ ARGS ?=
 # Whatever depends on what the versions of JAX, Flax and optax trace to, or keep in their states.
 CORE = condition front_doors golden spec symmetry transforms transport zoo
 
-STUDIES = figure1 figure4 moons timing helps conservation alignment condensation triangle finetuning
-STUDIES_ON_DIGITS = figure2 figure3 figure5
-
 # The first interpreter that runs (a shim may exist and fail), is new enough and can make a venv.
 usable = -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
 first_usable = $(firstword $(foreach p,$(1),$(shell $(p) $(usable) >/dev/null 2>&1 && echo $(p))))
@@ -28,11 +25,10 @@ demo: $(VENV)/installed  ## run the demonstration
 	$(VENV)/bin/python -m pathcond_jax demo $(ARGS)
 
 test: $(VENV)/installed  ## run the tests; ARGS="-k name" goes to pytest
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not study" $(ARGS)
 
-studies: $(VENV)/installed  ## run every study of `pathcond reproduce` on its small grid
-	printf '%s\n' $(STUDIES) $(STUDIES_ON_DIGITS:%='% --dataset digits') | xargs -P $(WORKERS) -I '{}' \
-	  sh -c '$(VENV)/bin/pathcond reproduce {} --quick --fresh --out build/studies'
+studies: $(VENV)/installed  ## run every study of `pathcond reproduce` on its small grid, into build/studies
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m study $(ARGS)
 
 lint: $(VENV)/installed  ## check style and formatting
 	$(VENV)/bin/ruff check

@@ -19,10 +19,6 @@ LIFTABLE = (
     *("resnet-bottleneck", "densenet", "mobilenetv2", "unet-transpose", "unet-nearest"),
     *("unet-bilinear", "unet-circular"),
 )
-ONE_OF_EACH_KIND = (
-    *("mlp", "mlp-prelu", "layer-applied-twice", "ensemble", "scan-over-layers", "nnx-cnn"),
-    *("lenet-average", "unet-transpose", "densenet", "mobilenetv2", "resnet18", "haiku-resnet"),
-)
 
 
 def traced(name):
@@ -41,19 +37,28 @@ def relative(one, two):
 
 
 @pytest.mark.parametrize("name", LIFTABLE)
-def test_what_rescaling_does_to_the_lifting(name):
+def test_what_rescaling_does_to_the_lifting_and_to_the_optimum(name):
     params, spec, log_scales = traced(name)
 
     @jax.jit
     def facts(params):
-        return pathcond.path_norm(params, spec), pathcond.gram_diagonal(params, spec)
+        norm, gram = pathcond.path_norm(params, spec), pathcond.gram_diagonal(params, spec)
+        return norm, gram, pathcond.condition(params, spec) if spec.groups else None
 
-    norm, gram = facts(params)
-    norm_after, gram_after = facts(pathcond.rescale(params, spec, log_scales))
+    norm, gram, optimum = facts(params)
+    norm_after, gram_after, same = facts(pathcond.rescale(params, spec, log_scales))
 
     np.testing.assert_allclose(norm_after, norm, rtol=1e-4)
     # g_i becomes g_i e^{2(Bz)_i}, as the inverse of a squared parameter does.
     assert relative(pathcond.rescale(gram, spec, log_scales, power=-2), gram_after) < 1e-4
+    if name != "tied-autoencoder":
+        # Only a neuron whose outputs are all dropped stays where it was.
+        dropped = [
+            jnp.where(z == 0, r, 0) for z, r in zip(optimum[1].log_scales, log_scales, strict=True)
+        ]
+        assert int(optimum[1].status) == pathcond.Status.CONVERGED
+        assert sum(map(np.count_nonzero, dropped)) == (name == "mlp-dropout-on")
+        assert relative(pathcond.rescale(optimum[0], spec, tuple(dropped)), same[0]) < 1e-4
     if name == "tied-deep-autoencoder":
         # A path that meets one entry k times counts k² times in its g, and Euler's relation k.
         return
@@ -65,18 +70,6 @@ def test_what_rescaling_does_to_the_lifting(name):
         total += float(np.sum(share**2)) if leaf.trainable else 0.0
     for difference in pathcond.conserved_quantities(jax.tree.unflatten(spec.treedef, shares), spec):
         assert np.abs(difference).max() < 1e-5 * total
-
-
-@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
-def test_the_optimum_does_not_depend_on_the_representative(name):
-    params, spec, log_scales = traced(name)
-    condition = jax.jit(lambda params: pathcond.condition(params, spec))
-
-    best, solution = condition(params)
-    same, _ = condition(pathcond.rescale(params, spec, log_scales))
-
-    assert int(solution.status) == pathcond.Status.CONVERGED
-    assert relative(best, same) < 1e-4
 
 
 def test_a_convolution_is_a_dense_layer_with_shared_weights(x64):

@@ -168,23 +168,6 @@ def test_every_grid_can_be_stored(name, quick):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dataset"),
-    [("figure2", "digits"), ("figure5", "digits"), ("moons", None), ("helps", None)],
-)
-def test_quick_studies_that_train(name, dataset, tmp_path):
-    report = reproduce.main(name, out=tmp_path, quick=True, dataset=dataset, console=QUIET)
-    assert all(table.rows for table in report.tables)
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-
-
-def test_all_studies_are_run_by_make():
-    lines = (pathlib.Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8").split("\n")
-    made = [name for line in lines if line.startswith("STUDIES") for name in line.split()[2:]]
-    assert sorted(made) == sorted(reproduce.STUDIES)
-
-
-@pytest.mark.slow
 def test_a_result_is_repeatable():
     data = sources.load("moons")
     task = methods.problem(models.MLP((4, 3), num_outputs=2), data, num_epochs=2, batch_size=100)
