@@ -4,9 +4,9 @@
                                       [--reference DIR] [--depths 50 200]
 
 For each network: the Gram diagonal, each solver from that diagonal, the whole ``condition``, one
-training step at batch 128, compile time, and the objective reached. ``--reference`` also times
-the authors' PyTorch code from a local checkout on the same weights, in turns with ours (needs
-PyTorch and tqdm).
+training step at batch 128, compile time, the objective reached, and how far float32 is from
+float64. ``--reference`` also times the authors' PyTorch code from a local checkout on the same
+weights, in turns with ours (needs PyTorch and tqdm).
 """
 
 import argparse
@@ -99,6 +99,28 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     return row
 
 
+def precision(name: str) -> dict[str, float]:
+    """How far the optimum in float32 is from that in float64."""
+    network = NETWORKS[name]
+    apply, variables = prepared(network)
+
+    def optimum(dtype: Any) -> pathcond.Solution:
+        tree = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+        spec = pathcond.trace_spec(apply, tree, jax.ShapeDtypeStruct((1, *network.shape), dtype))
+        solution = jax.jit(lambda v: pathcond.condition(v, spec)[1])(tree)
+        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), solution)
+
+    single = optimum(jnp.float32)
+    jax.config.update("jax_enable_x64", True)
+    double = optimum(jnp.float64)
+    jax.config.update("jax_enable_x64", False)
+    differences = map(np.subtract, single.log_scales, double.log_scales)
+    return {
+        "log-scales, from float64": float(max(abs(part).max() for part in differences)),
+        "F, from float64": float(abs(single.objective / double.objective - 1)),
+    }
+
+
 def reference(name: str, checkout: Path, repeats: int) -> dict[str, float]:
     """Seconds of the authors' code on the same weights: ten sweeps, warm and first call."""
     import torch
@@ -189,7 +211,7 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, median of {options.repeats}")
     rows = {}
     for name in options.networks:
-        row = measure(name, options.repeats)
+        row = measure(name, options.repeats) | precision(name)
         if options.reference:
             row |= reference(name, options.reference, 3)
             if "reference" in row:

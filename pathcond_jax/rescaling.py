@@ -207,11 +207,9 @@ def check_spec(
 
 def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogScales:
     """Log-scales drawn from N(0, 1), one array per group."""
-    keys = jax.random.split(key, max(len(spec.groups), 1))
-    return tuple(
-        jax.random.normal(k, (group.size,), dtype or jnp.zeros(()).dtype)
-        for k, group in zip(keys, spec.groups, strict=False)
-    )
+    # All at once: each shape that is drawn would be compiled apart.
+    drawn = jax.random.normal(key, (spec.num_neurons,), dtype or jnp.zeros(()).dtype)
+    return tuple(jnp.split(drawn, np.cumsum([group.size for group in spec.groups])[:-1]))
 
 
 def _relative_change(before: jax.Array, after: jax.Array) -> float:

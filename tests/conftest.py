@@ -1,5 +1,6 @@
 """What holds for every test: strict promotion, the CPU, reproducible examples in CI."""
 
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ os.environ |= {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false",
 }
+
 
 import hypothesis
 import jax
@@ -31,6 +33,9 @@ hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+
+# Traces are many small objects that live on; the collector would walk them again and again.
+gc.set_threshold(200_000, 20, 100)
 
 # Linux allows a process 65530 memory maps, of which each compiled program holds a few.
 _MOST_MAPS = 30_000

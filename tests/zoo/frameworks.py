@@ -13,8 +13,8 @@ from zoo.network import NETWORKS, Network, draw, image, lenient, network, vector
 
 @network(NETWORKS, "equinox-mlp")
 def equinox_mlp() -> Network:
-    model = eqx.nn.MLP(6, 2, 5, 3, key=jax.random.key(0))
-    params, static = eqx.partition(model, eqx.is_inexact_array)
+    model = eqx.filter_eval_shape(eqx.nn.MLP, 6, 2, 5, 3, key=jax.random.key(0))
+    params, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def apply_fn(params, x):
         return jax.vmap(eqx.combine(params, static))(x)
@@ -65,8 +65,9 @@ class NnxCNN(nnx.Module):
 
 @network(NETWORKS, "nnx-cnn")
 def nnx_cnn() -> Network:
-    graphdef, params, rest = nnx.split(NnxCNN(nnx.Rngs(0)), nnx.Param, ...)
-    rest = jax.tree.map(lambda leaf: leaf.astype(jnp.zeros(()).dtype), rest)
+    shapes = nnx.eval_shape(lambda: NnxCNN(nnx.Rngs(0)))
+    graphdef, params, rest = nnx.split(shapes, nnx.Param, ...)
+    rest = draw(rest)
 
     def apply_fn(params, x):
         return nnx.merge(graphdef, params, rest)(x)
