@@ -209,7 +209,8 @@ def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogS
     """Log-scales drawn from N(0, 1), one array per group."""
     # All at once: each shape that is drawn would be compiled apart.
     drawn = jax.random.normal(key, (spec.num_neurons,), dtype or jnp.zeros(()).dtype)
-    return tuple(jnp.split(drawn, np.cumsum([group.size for group in spec.groups])[:-1]))
+    ends = np.cumsum([group.size for group in spec.groups], dtype=int)
+    return tuple(jnp.split(drawn, ends)[:-1])
 
 
 def _relative_change(before: jax.Array, after: jax.Array) -> float:

@@ -18,9 +18,7 @@ OUT = pathlib.Path(__file__).parents[1] / "build" / "studies"
 def test_quick(name):
     dataset = "digits" if "digits" in reproduce.study(name).DATASETS else None
     console = Console(quiet=True)
-    report = reproduce.main(
-        name, out=OUT, quick=True, dataset=dataset, fresh=True, console=console
-    )
+    report = reproduce.main(name, out=OUT, quick=True, dataset=dataset, fresh=True, console=console)
     assert report.tables
     assert all(table.rows for table in report.tables)
     assert report.figures
