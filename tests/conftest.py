@@ -1,6 +1,5 @@
 """What holds for every test: strict promotion, the CPU, reproducible examples in CI."""
 
-import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -33,9 +32,6 @@ hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-
-# Traces are many small objects that live on; the collector would walk them again and again.
-gc.set_threshold(200_000, 20, 100)
 
 # Linux allows a process 65530 memory maps, of which each compiled program holds a few.
 _MOST_MAPS = 30_000

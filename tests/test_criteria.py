@@ -58,7 +58,8 @@ def largest_change(params, other, spec, x):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_enorm_is_what_the_authors_code_converges_to(x64, network):
-    stored = dict(np.load(GOLDEN / f"{network}.npz"))
+    with np.load(GOLDEN / f"{network}.npz") as file:
+        stored = dict(file)
     params = {
         str(name): jnp.asarray(stored[f"param/{name}"], jnp.float64)
         for name in stored["param_names"]

@@ -44,7 +44,8 @@ def conv_net(params, x):
 @pytest.fixture(params=NETWORKS, scope="module")
 def golden(request):
     """The stored figures, the parameters as a tree, and the spec of the same network here."""
-    stored = dict(np.load(GOLDEN / f"{request.param}.npz"))
+    with np.load(GOLDEN / f"{request.param}.npz") as file:
+        stored = dict(file)
     params = {str(name): jnp.asarray(stored[f"param/{name}"]) for name in stored["param_names"]}
     apply_fn = conv_net if request.param.startswith("conv") else mlp
     spec = pathcond.trace_spec(apply_fn, params, stored["x"], max_pool="max")

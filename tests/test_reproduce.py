@@ -30,7 +30,8 @@ QUIET = Console(quiet=True)
 @pytest.mark.slow
 def test_figure_1_gives_the_golden_numbers(tmp_path):
     report = reproduce.main("figure1", out=tmp_path, console=QUIET)
-    golden = np.load(GOLDEN / "toy_figure_1.npz")
+    with np.load(GOLDEN / "toy_figure_1.npz") as file:
+        golden = dict(file)
     store = Store(tmp_path / "figure1")
     for task in reproduce.study("figure1").tasks(Options()):
         name, values = task.name[-1], store.load(task).values

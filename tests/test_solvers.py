@@ -207,7 +207,8 @@ def name(solution: Solution) -> str:
 @functools.cache
 def golden(network, dtype=np.float64):
     """The stored Gram diagonal as a tree in PyTorch's layout, its spec, and the figures."""
-    data = np.load(GOLDEN / f"{network}.npz")
+    with np.load(GOLDEN / f"{network}.npz") as file:
+        data = dict(file)
     names = [str(n) for n in data["param_names"]]
     shapes = [data[f"param/{n}"].shape for n in names]
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
