@@ -1,8 +1,8 @@
 """What reconditioning costs on updates that are not due.
 
-Times a training step of an MLP of 3 M parameters at batch 128, with the optimizer alone, wrapped, on
-updates that are never due, and with a branch that would only negate them. Steps alternate, and the
-time is the processor time of this process, so that other processes disturb little.
+Times a training step of an MLP of 3 M parameters at batch 128, with the optimizer alone, wrapped,
+on updates that are never due, and with a branch that would only negate them. Steps alternate, and
+the time is the processor time of this process, so that other processes disturb little.
 
     python benchmarks/gating.py [--steps 200] [--optimizer adam] [--clock cpu]
 """
