@@ -15,7 +15,6 @@ os.environ |= {
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false",
 }
 
-
 import hypothesis
 import jax
 import pytest
