@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as jex_primitives
 
-from pathcond_jax.spec import PyTree, SpecError
+from pathcond_jax.spec import PyTree, SpecError, is_traced
 
 # Primitives that nobody writes by their own name, and whose function leaves no trace in a jaxpr.
 _WRITTEN = {"logistic": "sigmoid"}
@@ -148,7 +148,7 @@ class _Builder:
         return number
 
     def constant(self, value: Any) -> int:
-        if isinstance(value, jax.core.Tracer):
+        if is_traced(value):
             raise SpecError(
                 "apply_fn closes over values that are being traced; call trace_spec outside of "
                 "jit, grad and vmap, or pass the values as arguments"

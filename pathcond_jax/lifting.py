@@ -31,7 +31,7 @@ from pathcond_jax.path_listing import list_paths
 from pathcond_jax.path_program import Lifting
 from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.scaled import Scaled
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves
+from pathcond_jax.spec import ArchSpec, PyTree, SpecError, is_traced, match_leaves
 
 # Second derivatives by this many entries are computed at once.
 _CHUNK = 64
@@ -212,7 +212,7 @@ def gram_matrix(params: PyTree, spec: ArchSpec) -> jax.Array:
         )
     match_leaves(spec, params)
     matrix = _gram_matrix(params, spec)
-    if not isinstance(matrix, jax.core.Tracer) and jnp.isinf(matrix).any():
+    if not is_traced(matrix) and jnp.isinf(matrix).any():
         raise OverflowError(f"entries of gram_matrix exceed the range of {matrix.dtype}")
     return matrix
 
@@ -421,7 +421,7 @@ def _weights_by_parameters(params: PyTree, spec: ArchSpec, lifting: Lifting) -> 
 
 def _check_range(what: str, instead: str, parts: list[Scaled], plain: list[jax.Array]) -> None:
     """Raises where finite numbers became inf, or all of an array 0, unless traced."""
-    if any(isinstance(x, jax.core.Tracer) for x in plain):
+    if any(map(is_traced, plain)):
         return
     if bool(_lost(parts, plain)):
         raise OverflowError(

@@ -30,6 +30,7 @@ from pathcond_jax.path_values import (
     unliftable,
 )
 from pathcond_jax.scaled import Scaled
+from pathcond_jax.spec import is_traced
 
 # Functions linear in their arrays; calls of them with equal options compile once.
 
@@ -84,7 +85,7 @@ def _is_constant(value: Value, number: float) -> bool:
     return (
         isinstance(value, Coefficient)
         and not value.trainable
-        and not isinstance(value.raw, jax.core.Tracer)
+        and not is_traced(value.raw)
         and bool((np.asarray(value.raw) == number).all())
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pathcond_jax.path_program import Lifting
 from pathcond_jax.path_values import Coefficient, Gate, Kind, Record, Signal, Value
-from pathcond_jax.spec import SpecError
+from pathcond_jax.spec import SpecError, is_traced
 
 _MAX_PATHS = 100_000
 _MAX_TABLE = 1 << 26
@@ -66,7 +66,7 @@ def _started(value: Value, offset: int) -> _Paths:
         return [[(1.0, ())] for _ in range(_size(value))]
     assert isinstance(value, Coefficient)
     raw = jnp.asarray(value.raw)
-    if value.trainable or isinstance(raw, jax.core.Tracer):
+    if value.trainable or is_traced(raw):
         present = np.ones(raw.size, bool)
     else:
         present = np.asarray(raw).reshape(-1) != 0

@@ -12,6 +12,7 @@ import numpy as np
 
 from pathcond_jax.graph import Node
 from pathcond_jax.scaled import Scaled
+from pathcond_jax.spec import is_traced
 
 
 class NotPathLiftableError(ValueError):
@@ -138,7 +139,7 @@ def moved_entries(
     """Which entries of a leaf a moved coefficient depends on."""
 
     def moved() -> np.ndarray:
-        if any(isinstance(x, jax.core.Tracer) for x in extra):
+        if any(map(is_traced, extra)):
             return entries()
         with jax.ensure_compile_time_eval():
             return np.asarray(linear(jnp.asarray(entries()), *extra))
@@ -152,7 +153,7 @@ def joined_entries(
     """Which entries of a leaf a coefficient joined of several depends on."""
 
     def joined() -> np.ndarray:
-        if any(isinstance(x, jax.core.Tracer) for x in extra):
+        if any(map(is_traced, extra)):
             return np.concatenate([v.entries[leaf]().ravel() for v in values if leaf in v.entries])
         with jax.ensure_compile_time_eval():
             parts = [

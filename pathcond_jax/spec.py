@@ -202,6 +202,11 @@ class ArchSpec:
     __repr__ = __str__
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a transformation of JAX is tracing the value, so that it is not known yet."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def compute_dtype(*dtypes: Any) -> Any:
     """The dtype to compute on values of these dtypes in: the widest float, at least float32."""
     # jnp.promote_types refuses mixed floats where the user has asked for strict promotion.

@@ -20,6 +20,7 @@ from pathcond_jax.spec import (
     PyTree,
     SpecError,
     describe_leaves,
+    is_traced,
     layer_path,
 )
 
@@ -231,7 +232,7 @@ def _check_used(
 def _is_captured(constant: Any, leaf: Leaf, value: Any) -> bool:
     if constant is None or not leaf.shape or np.shape(constant) != leaf.shape:
         return False
-    if isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)):
+    if is_traced(value) or isinstance(value, jax.ShapeDtypeStruct):
         return True
     # Where values are known, another constant of that shape may be a mask or an initial state.
     constant, value = np.asarray(constant), np.asarray(value)
