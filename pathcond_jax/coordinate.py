@@ -40,6 +40,8 @@ class Part(NamedTuple):
 class Encounter(NamedTuple):
     """Where neurons of a group meet one side of a piece; integer arrays.
 
+    Scalars are unsigned: JAX then does not ask whether they count from the end.
+
     Attributes:
       piece: (), position among ``table.pieces``.
       first: (), where the piece begins along the batch axis of its stack.
@@ -156,14 +158,14 @@ def plan(spec: ArchSpec) -> Plan:
     met = _encounters(table)
     parts = [(tuple(p for p, _ in apart), tuple(p for p, _ in joined)) for apart, joined in met]
     visits = [
-        Visit(np.asarray(start, np.int32), *(tuple(e for _, e in found) for found in pair))
+        Visit(np.asarray(start, np.uint32), *(tuple(e for _, e in found) for found in pair))
         for start, pair in zip(table.starts, met, strict=False)
     ]
     members: dict[object, list[int]] = {}
     for k, group in enumerate(spec.groups):
         shapes = [np.shape(array) for array in jax.tree.leaves(visits[k])]
         members.setdefault((group.size, parts[k], *shapes), []).append(k)
-    kinds, (order, place) = [], np.zeros((2, len(visits)), np.int32)
+    kinds, (order, place) = [], np.zeros((2, len(visits)), np.uint32)
     for number, ks in enumerate(members.values()):
         order[ks], place[ks] = number, np.arange(len(ks))
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *(visits[k] for k in ks))
@@ -189,8 +191,11 @@ def _encounters(table: Table) -> list[tuple[Found, Found]]:
                         start, stop = table.starts[group : group + 2]
                         segments = _segments(slot, start, stop, table.size)
                         slices = _slices(segments, stop - start)
-                        arrays = (number, first, own, other, segments, slices)
-                        encounter = Encounter(*(np.asarray(array, np.int32) for array in arrays))
+                        arrays = (own, other, segments, slices)
+                        encounter = Encounter(
+                            *(np.asarray(place, np.uint32) for place in (number, first)),
+                            *(np.asarray(array, np.int32) for array in arrays),
+                        )
                         part = Part(stack, piece.shape[0], side)
                         by_group.setdefault(int(group), []).append((part, encounter))
             for group, found in by_group.items():
@@ -242,7 +247,9 @@ def _visit(
 ) -> tuple[jax.Array, jax.Array]:
     """Moves the neurons of one group; ``totals`` holds the logarithm of each piece's sum."""
     s, size = task.exponents[0], kind.size
-    visit: Visit = jax.tree.map(lambda a: jnp.asarray(a)[place], kind.visits)
+    visit: Visit = jax.tree.map(
+        lambda a: lax.dynamic_index_in_dim(a, place, keepdims=False), kind.visits
+    )
     parts, joined = (
         tuple(
             (part, met, _view(stacks, part, met)) for part, met in zip(static, found, strict=True)
@@ -335,7 +342,7 @@ def _one_by_one(
 
     def move(k: jax.Array, state: tuple) -> tuple:
         z, current = state
-        signed = blocks.signed(z)
+        signed, place = blocks.signed(z), start + k.astype(jnp.uint32)
         neuron = jax.tree.map(lambda a: a[k], neurons)
         both = [jnp.stack([neuron.out, neuron.into])]
         for met in joined:
@@ -344,7 +351,7 @@ def _one_by_one(
         neuron = neuron._replace(out=out, into=into)
         others = jnp.maximum(current - jnp.exp(out) - jnp.exp(into), 0)
         after = _total(_minimum(neuron), others)
-        z = z.at[start + k].set(task.clip(z[start + k] + log_x(neuron, jnp.log(after)) / s))
+        z = z.at[place].set(task.clip(z[place] + log_x(neuron, jnp.log(after)) / s))
         return z, jnp.where(neuron.alive, after, current)
 
     size = neurons.alive.size

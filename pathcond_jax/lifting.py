@@ -173,8 +173,7 @@ def scaled_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
         _zeros(leaf.shape, lifting.dtype) if part is None else part
         for leaf, part in zip(spec.leaves, found, strict=True)
     ]
-    # Zeros carry an exponent below all others; to the caller it says nothing.
-    exponents = [jnp.where(part.exponent > scaled.ZERO // 2, part.exponent, 0) for part in full]
+    exponents = [_shown(part.exponent) for part in full]
     return ScaledDiagonal(
         jax.tree.unflatten(spec.treedef, [part.mantissa for part in full]),
         jax.tree.unflatten(spec.treedef, exponents),
@@ -293,6 +292,13 @@ def _log_of(exponent: jax.Array, dtype: Any) -> jax.Array:
     return exponent.astype(dtype) * np.log(2.0).astype(dtype)
 
 
+@jax.jit
+def _shown(exponent: jax.Array) -> jax.Array:
+    """Zeros carry an exponent below all others; to the caller it says nothing."""
+    return jnp.where(exponent > scaled.ZERO // 2, exponent, 0)
+
+
+@jax.jit
 def _logs(value: Scaled) -> jax.Array:
     """Logarithms, −inf for 0; what is not a number stays so."""
     positive = jnp.where(value.mantissa > 0, value.mantissa, 1)

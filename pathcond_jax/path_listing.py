@@ -1,14 +1,16 @@
 """The paths of a tiny network, one by one."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax.path_program import Lifting
-from pathcond_jax.path_values import Coefficient, Gate, Kind, Record, Signal, Value
+from pathcond_jax.path_values import Call, Coefficient, Gate, Kind, Record, Signal, Value
 from pathcond_jax.spec import SpecError, is_traced
 
 _MAX_PATHS = 100_000
@@ -116,15 +118,21 @@ def _multiplied(
 
 def _coefficients(record: Record, number: int, by: tuple[int, ...]) -> np.ndarray:
     """The table of a linear function: output entry × entries of the inputs ``by``."""
+    powers = [value.power for value in record.inputs]  # type: ignore[union-attr]
+    ones = [np.ones(p.mantissa.shape, p.mantissa.dtype) for p in powers if p is not None]
     with jax.ensure_compile_time_eval():
-        powers = [value.power for value in record.inputs]  # type: ignore[union-attr]
-        ones = [jnp.ones(p.mantissa.shape, p.mantissa.dtype) for p in powers if p is not None]
-
-        def output(*values: jax.Array) -> jax.Array:
-            made = record.linear(*values, *record.extra)
-            return (made[number] if isinstance(made, list) else made).reshape(-1)
-
-        for k in by:
-            output = jax.jacfwd(output, argnums=k)
-        table = np.asarray(output(*ones))
+        table = np.asarray(_jacobian(record.linear, number, by, ones, record.extra))
     return table.reshape(-1, *(ones[k].size for k in by))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _jacobian(
+    linear: Call, number: int, by: tuple[int, ...], values: Sequence[Any], extra: Any
+) -> jax.Array:
+    def output(*values: jax.Array) -> jax.Array:
+        made = linear(*values, *extra)
+        return (made[number] if isinstance(made, list) else made).reshape(-1)
+
+    for k in by:
+        output = jax.jacfwd(output, argnums=k)
+    return output(*values)

@@ -11,6 +11,7 @@ from jax import lax
 
 from pathcond_jax.criteria import as_criterion
 from pathcond_jax.criterion import Criterion
+from pathcond_jax.scaled import power_of_two
 from pathcond_jax.sharding import automatic
 from pathcond_jax.solvers import Solution, Status
 from pathcond_jax.spec import (
@@ -358,17 +359,11 @@ def _multiplied(value: jax.Array, factors: Sequence[_Factor]) -> jax.Array:
     for factor in factors[1:]:
         mantissa = mantissa * factor.mantissa.astype(dtype)
         exponent = exponent + factor.exponent
-    # In two steps, for factors outside of the range of the dtype.
-    half = exponent // 2
-    scaled = value.astype(dtype) * mantissa
-    for part in (half, exponent - half):
-        scaled = scaled * _power_of_two(part, dtype)
-    return scaled.astype(value.dtype)
-
-
-def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """2^exponent without rounding, which neither exp2 nor ldexp promises."""
+    # In two steps, for factors outside of the range of the dtype; neither is 0 or infinite.
     info = jnp.finfo(dtype)
-    integer = jnp.dtype(f"int{info.bits}")
-    biased = jnp.clip(exponent, info.minexp, info.maxexp - 1) + (info.maxexp - 1)
-    return lax.bitcast_convert_type(biased.astype(integer) << info.nmant, dtype)
+    half = lax.shift_right_arithmetic(exponent, np.int32(1))
+    product = value.astype(dtype) * mantissa
+    for part in (half, exponent - half):
+        normal = lax.clamp(np.int32(info.minexp), part, np.int32(info.maxexp - 1))
+        product = product * power_of_two(normal, dtype)
+    return product.astype(value.dtype)

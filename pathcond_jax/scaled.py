@@ -22,8 +22,9 @@ class Scaled(NamedTuple):
 def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
     """2^exponent, 0 below the normal numbers and inf above them."""
     info, integer = _format(dtype)
-    clipped = jnp.clip(exponent, info.minexp - 1, info.maxexp).astype(integer)
-    bits = lax.shift_left(clipped + integer(1 - info.minexp), integer(info.nmant))
+    lowest, highest = np.int32(info.minexp - 1), np.int32(info.maxexp)
+    clipped = lax.clamp(lowest, exponent, highest).astype(integer)
+    bits = lax.shift_left(lax.add(clipped, integer(1 - info.minexp)), integer(info.nmant))
     return lax.bitcast_convert_type(bits, dtype)
 
 
@@ -37,7 +38,8 @@ def exponent_of(value: jax.Array) -> jax.Array:
     """floor(log2) of positive numbers, ``ZERO`` for 0; int32."""
     info, integer = _format(value.dtype)
     bits = lax.bitcast_convert_type(lax.stop_gradient(value), integer)
-    exponent = lax.shift_right_arithmetic(bits, integer(info.nmant)) - integer(1 - info.minexp)
+    biased = lax.shift_right_arithmetic(bits, integer(info.nmant))
+    exponent = lax.sub(biased, integer(1 - info.minexp))
     return jnp.where(value > 0, exponent.astype(jnp.int32), np.int32(ZERO))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -144,7 +144,10 @@ def chain_spec(params: PyTree, layers: Sequence[str]) -> ArchSpec:
     if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
         raise SpecError(f"layers is a sequence of names, not {layers!r}")
     leaves, _ = describe_leaves(params)
-    chain = [_dense_layer(leaves, name) for name in layers]
+    inside: dict[str, list[int]] = {}
+    for k, leaf in enumerate(leaves):
+        inside.setdefault(layer_path(leaf.path), []).append(k)
+    chain = [_dense_layer(leaves, inside, name) for name in layers]
     if len(chain) < 2:
         raise SpecError(
             f"a chain needs two layers at least, not {list(layers)!r}: it has no neuron to rescale"
@@ -173,13 +176,12 @@ def chain_spec(params: PyTree, layers: Sequence[str]) -> ArchSpec:
     return trace_spec(apply_fn, params, jax.ShapeDtypeStruct((1, first.shape[0]), first.dtype))
 
 
-def _dense_layer(leaves: Sequence[Leaf], name: str) -> tuple[int, int | None]:
-    """The positions of a layer's matrix and vector."""
-    parts = name.strip("/").split("/")
-    layers: dict[str, list[int]] = {}
-    for k, leaf in enumerate(leaves):
-        layers.setdefault(layer_path(leaf.path), []).append(k)
-    found = [layer for layer in layers if layer.split("/")[-len(parts) :] == parts]
+def _dense_layer(
+    leaves: Sequence[Leaf], layers: Mapping[str, Sequence[int]], name: str
+) -> tuple[int, int | None]:
+    """The positions of a layer's matrix and vector, ``layers`` those of the leaves of each."""
+    ending = "/" + name.strip("/")
+    found = [layer for layer in layers if f"/{layer}".endswith(ending)]
     if not found:
         raise SpecError(f"no layer {name!r}; the tree has {', '.join(map(repr, layers))}")
     if len(found) > 1 and name.strip("/") not in found:
