@@ -12,14 +12,17 @@ PYTHON ?= $(call first_usable,python3 python3.13 python3.12 python3.11 python)
 # The oldest numpy and scipy have wheels for these two only.
 PYTHON_OLDEST ?= $(call first_usable,python3.11 python3.12)
 
-pip_install = -m pip install --quiet --disable-pip-version-check
+# What is never imported need not be compiled.
+pip_install = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test studies lint format typecheck wheel oldest bench clean
+.PHONY: help install demo test studies lint format typecheck wheel oldest bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
+
+install: $(VENV)/installed $(VENV_OLDEST)/installed  ## set up both environments, of the newest and of the oldest versions
 
 demo: $(VENV)/installed  ## run the demonstration
 	$(VENV)/bin/python -m pathcond_jax demo $(ARGS)

@@ -1,5 +1,6 @@
 """What holds for every test: strict promotion, the CPU, reproducible examples in CI."""
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -32,8 +33,10 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Linux allows a process 65530 memory maps, of which each compiled program holds a few.
-_MOST_MAPS = 30_000
+# Linux allows a process 65530 memory maps, of which each compiled program holds a few. Reading
+# them takes as long as a small test.
+_MOST_MAPS, _TESTS_BETWEEN = 30_000, 20
+_tests = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,9 @@ def few_compiled_programs() -> Iterator[None]:
     """Forgets compiled programs before there are so many that XLA crashes."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+    if next(_tests) % _TESTS_BETWEEN or not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
 
 
