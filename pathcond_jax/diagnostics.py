@@ -199,13 +199,15 @@ def _represent(
         score = float(conditioning_score(params, spec))
     except NotPathLiftableError:
         score = None
-    sizes = {
-        leaf.path: jnp.abs(jnp.asarray(value).astype(compute_dtype(jnp.result_type(value))))
+    trained = {
+        leaf.path: value
         for leaf, value in zip(spec.leaves, match_leaves(spec, params), strict=True)
         if leaf.trainable
     }
-    norms = {path: float(jnp.linalg.norm(size.reshape(-1))) for path, size in sizes.items()}
-    quantities = conserved_quantities(params, spec)
+    found = zip(trained, *_sizes(list(trained.values())), strict=True)
+    sizes = {path: (float(norm), float(largest)) for path, norm, largest in found}
+    norms = {path: norm for path, (norm, _) in sizes.items()}
+    quantities = map(np.asarray, conserved_quantities(params, spec))
     return Representative(
         name=name,
         status=status,
@@ -217,8 +219,15 @@ def _represent(
             for group, c in zip(spec.groups, quantities, strict=True)
         },
         norms=norms,
-        ranges={path: float(size.max(initial=0)) for path, size in sizes.items()},
+        ranges={path: largest for path, (_, largest) in sizes.items()},
     )
+
+
+@jax.jit
+def _sizes(values: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The Euclidean norm of each array, and its largest magnitude."""
+    flat = [jnp.abs(v.astype(compute_dtype(v.dtype))).reshape(-1) for v in values]
+    return [jnp.linalg.norm(size) for size in flat], [size.max(initial=0) for size in flat]
 
 
 def _table(columns: Sequence[Representative]) -> str:

@@ -279,13 +279,7 @@ def conditioning_score(params: PyTree, spec: ArchSpec) -> jax.Array:
     )
     chosen = [(m, e) for leaf, m, e in pairs if leaf.trainable]
     top = functools.reduce(jnp.maximum, [e for _, e in chosen])
-    logs = jnp.concatenate([_logs(Scaled(m, e - top)).reshape(-1) for m, e in chosen])
-    positive = logs != -jnp.inf
-    count = jnp.maximum(positive.sum(), 1).astype(logs.dtype)
-    centre = jnp.where(positive, logs, 0).sum() / count
-    # Relative to the geometric mean, so that equal entries give exactly 0 at any magnitude.
-    spread = jnp.where(positive, logs - centre, -jnp.inf)
-    return jnp.maximum(jax.nn.logsumexp(spread) - jnp.log(count), 0)
+    return _log_mean_ratio(jnp.concatenate([_logs(Scaled(m, e), top) for m, e in chosen]))
 
 
 def _log_of(exponent: jax.Array, dtype: Any) -> jax.Array:
@@ -299,11 +293,23 @@ def _shown(exponent: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _logs(value: Scaled) -> jax.Array:
-    """Logarithms, −inf for 0; what is not a number stays so."""
-    positive = jnp.where(value.mantissa > 0, value.mantissa, 1)
-    logs = jnp.log(positive) + _log_of(value.exponent, positive.dtype)
-    return jnp.where(value.mantissa > 0, logs, jnp.where(value.mantissa == 0, -jnp.inf, jnp.nan))
+def _logs(value: Scaled, top: jax.Array) -> jax.Array:
+    """Logarithms over 2^top, flat; −inf for 0, and what is not a number stays so."""
+    mantissa = value.mantissa.reshape(-1)
+    positive = jnp.where(mantissa > 0, mantissa, 1)
+    logs = jnp.log(positive) + _log_of(value.exponent - top, positive.dtype)
+    return jnp.where(mantissa > 0, logs, jnp.where(mantissa == 0, -jnp.inf, jnp.nan))
+
+
+@jax.jit
+def _log_mean_ratio(logs: jax.Array) -> jax.Array:
+    """log(AM/GM) of the positive ones of the numbers with these logarithms."""
+    positive = logs != -jnp.inf
+    count = jnp.maximum(positive.sum(), 1).astype(logs.dtype)
+    centre = jnp.where(positive, logs, 0).sum() / count
+    # Relative to the geometric mean, so that equal entries give exactly 0 at any magnitude.
+    spread = jnp.where(positive, logs - centre, -jnp.inf)
+    return jnp.maximum(jax.nn.logsumexp(spread) - jnp.log(count), 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> Scaled:

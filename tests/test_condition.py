@@ -76,19 +76,18 @@ class Network(NamedTuple):
 
 def shaken(params, seed=1):
     """Every floating leaf a little off its initial value, so that no bias or mean is 0."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [
-        leaf + 0.1 * jax.random.uniform(key, leaf.shape, leaf.dtype)
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        else leaf
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, moved)
+    rng = np.random.default_rng(seed)
+
+    def moved(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return jnp.asarray((np.asarray(leaf) + 0.1 * rng.random(leaf.shape)).astype(leaf.dtype))
+
+    return jax.tree.map(moved, params)
 
 
 def of_linen(module, x):
-    return module.apply, module.init(jax.random.key(0), x)
+    return module.apply, jax.jit(module.init)(jax.random.key(0), x)
 
 
 def of_nnx(module, x):

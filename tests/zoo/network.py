@@ -55,21 +55,28 @@ def lenient(fun: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _dtype() -> Any:
+    """The default float dtype."""
+    return jnp.zeros(()).dtype
+
+
 def draw(shapes: Any, seed: int = 0) -> Any:
     """Random parameters of the default float dtype: no zero biases, positive variances."""
     rng = np.random.default_rng(seed)
-    dtype = jnp.zeros(()).dtype
+    dtype = _dtype()
 
     def leaf(key: Any, value: Any) -> Any:
         if not jnp.issubdtype(value.dtype, jnp.floating):
             return jnp.zeros(value.shape, value.dtype)
         path, shape = leaf_path(key), value.shape
         if path.endswith("var"):
-            return jnp.asarray(rng.uniform(0.5, 2.0, shape), dtype)
-        if len(shape) < 2:
-            return jnp.asarray(rng.uniform(0.5, 1.0, shape) * rng.choice([-1, 1], shape), dtype)
-        fan_in = max(np.prod(shape[:-1]), 1)
-        return jnp.asarray(rng.normal(size=shape) * np.sqrt(2.0 / fan_in), dtype)
+            drawn = rng.uniform(0.5, 2.0, shape)
+        elif len(shape) < 2:
+            drawn = rng.uniform(0.5, 1.0, shape) * rng.choice([-1, 1], shape)
+        else:
+            drawn = rng.normal(size=shape) * np.sqrt(2.0 / max(np.prod(shape[:-1]), 1))
+        # A cast by JAX would be compiled for each shape.
+        return jnp.asarray(np.asarray(drawn, dtype))
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
@@ -80,8 +87,8 @@ def relative_change(network: Network, spec: pathcond.ArchSpec, seed: int = 0) ->
     The outputs are computed in one program, compiled for speed of compilation.
     """
     rng = np.random.default_rng(seed)
-    dtype = jnp.zeros(()).dtype
-    log_scales = tuple(jnp.asarray(rng.normal(size=g.size), dtype) for g in spec.groups)
+    dtype = _dtype()
+    log_scales = tuple(np.asarray(rng.normal(size=g.size), dtype) for g in spec.groups)
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     outputs = jax.jit(network.apply_fn, compiler_options=options)
     before = jax.tree.leaves(outputs(network.params, network.x))
@@ -97,12 +104,12 @@ def relative_change(network: Network, spec: pathcond.ArchSpec, seed: int = 0) ->
 def image(size: int, channels: int = 3, batch: int = 2, seed: int = 1) -> jax.Array:
     """A random batch of images."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(batch, size, size, channels)), jnp.zeros(()).dtype)
+    return jnp.asarray(np.asarray(rng.normal(size=(batch, size, size, channels)), _dtype()))
 
 
 def vector(*shape: int, seed: int = 1) -> jax.Array:
     """A random array."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.zeros(()).dtype)
+    return jnp.asarray(np.asarray(np.random.default_rng(seed).normal(size=shape), _dtype()))
 
 
 def linen(
