@@ -127,15 +127,12 @@ def reference(name: str, checkout: Path, repeats: int) -> dict[str, float]:
 
     sys.path.insert(0, str(checkout))
     if "torchvision" not in sys.modules:
-        # Their models module imports torchvision for a class that these networks do not use.
-        stub = types.ModuleType("torchvision")
-        stub.models = types.ModuleType("torchvision.models")
-        stub.models.BasicBlock = type("BasicBlock", (), {})
-        for module in ("resnet",):
-            inner = types.ModuleType(f"torchvision.models.{module}")
-            inner.BasicBlock = inner.Bottleneck = stub.models.BasicBlock
-            sys.modules[f"torchvision.models.{module}"] = inner
-        sys.modules.update({"torchvision": stub, "torchvision.models": stub.models})
+        # Their modules import torchvision for classes that these networks do not use.
+        names = ("torchvision", "torchvision.models", "torchvision.models.resnet")
+        stubs = {module: types.ModuleType(module) for module in names}
+        stubs[names[0]].models = stubs[names[1]]
+        stubs[names[2]].BasicBlock = type("BasicBlock", (), {})
+        sys.modules.update(stubs)
     from pathcond import models, rescaling_polyn
 
     makers = {

@@ -103,14 +103,20 @@ def measure(args: argparse.Namespace) -> None:
             if number >= 3:
                 times[name].append(clock() - start)
     assert all(step._cache_size() == 1 for step in steps.values())
-    alone = np.array(times["alone"])
     print(
         f"{spec.num_parameters} parameters, {args.optimizer}, {args.steps} steps, {args.clock} time"
     )
+    alone = np.array(times["alone"])
     for name, found in times.items():
-        typical, ratio = 1e3 * np.median(found), np.median(found) / np.median(alone)
-        low = np.quantile(found, 0.1) / np.quantile(alone, 0.1)
-        print(f"{name:17s} {typical:8.2f} ms  median × {ratio:.4f}  10 % quantile × {low:.4f}")
+        # Steps of one round meet the same load of the machine.
+        ratios = np.array(found) / alone
+        medians = np.median(rng.choice(ratios, (1000, len(ratios))), 1)
+        low, high = np.quantile(medians, [0.025, 0.975])
+        print(
+            f"{name:17s} {1e3 * np.median(found):8.2f} ms  of alone: median × "
+            f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f}), of the 10 % quantiles × "
+            f"{np.quantile(found, 0.1) / np.quantile(alone, 0.1):.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ class Table(NamedTuple):
       shapes: the shape of each stack.
       slots: integer (slots, positions) into ``[z, −z, 0]``, whose sum is what a position adds
         to (Bz). Positions are the rows of the first stack, its columns, the rows of the second.
+      places: integer (2H, most), the positions that each neuron leaves, then those that it enters;
+        the number of positions where there are fewer.
     """
 
     size: int
@@ -63,6 +65,7 @@ class Table(NamedTuple):
     stacks: tuple[tuple[Piece, ...], ...]
     shapes: tuple[tuple[int, int, int], ...]
     slots: np.ndarray
+    places: np.ndarray
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -103,13 +106,15 @@ def table(spec: ArchSpec) -> Table:
         for stack in stacks
         for side in ("rows", "cols")
     ]
+    slots = np.concatenate([slots for side in sides for slots in side], 1)
+    # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
     return Table(
         size=starts[-1],
         starts=starts,
         stacks=stacks,
         shapes=tuple((sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks),
-        # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
-        slots=np.concatenate([slots for side in sides for slots in side], 1).astype(np.int32),
+        slots=slots.astype(np.int32),
+        places=_places(slots, 2 * starts[-1]).astype(np.int32),
     )
 
 
@@ -157,18 +162,24 @@ def groups_of(slots: np.ndarray, table: Table) -> np.ndarray:
     return np.unique(np.searchsorted(table.starts, neurons, side="right") - 1)
 
 
+def collect_all(table: Table, values: jax.Array, empty: float) -> jax.Array:
+    """The values of the positions that leave each neuron, then of those that enter it: (2H, most).
+
+    ``empty`` stands where a neuron has fewer than the most.
+    """
+    return jnp.append(values, jnp.full((1,), empty, values.dtype))[table.places]
+
+
 def collect(table: Table, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that leave and over those that enter each neuron: two of (H,)."""
-    flat = jnp.tile(values, table.slots.shape[0])
-    sums = segment_sum(flat, table.slots.reshape(-1), 2 * table.size + 1)
-    return sums[: table.size], sums[table.size : -1]
+    sums = collect_all(table, values, 0).sum(1)
+    return sums[: table.size], sums[table.size :]
 
 
 def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logarithms of :func:`collect` of exp(logs)."""
-    flat = jnp.tile(logs, table.slots.shape[0])
-    sums = segment_logsumexp(flat, table.slots.reshape(-1), 2 * table.size + 1)
-    return sums[: table.size], sums[table.size : -1]
+    sums = logsumexp(collect_all(table, logs, -jnp.inf), 1)
+    return sums[: table.size], sums[table.size :]
 
 
 def segment_logsumexp(logs: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
@@ -311,6 +322,18 @@ def _slots(links: tuple, shape: tuple[int, int], starts: tuple[int, ...]) -> np.
             one[cancel] = other[cancel] = 2 * size
     slots = np.sort(slots, axis=0)
     return slots[: max(1, int((slots < 2 * size).sum(0).max()))]
+
+
+def _places(slots: np.ndarray, count: int) -> np.ndarray:
+    """Where each of ``count`` numbers is among the columns of ``slots``."""
+    flat, width = slots.reshape(-1), slots.shape[1]
+    order = np.argsort(flat, kind="stable")
+    ends = np.searchsorted(flat[order], np.arange(count + 1))
+    sizes = np.diff(ends)
+    places = np.full((count, sizes.max()), width)
+    within = np.arange(sizes.max()) < sizes[:, None]
+    places[within] = order[: ends[-1]] % width
+    return places
 
 
 def _opposite(row: np.ndarray, col: np.ndarray, size: int) -> tuple[np.ndarray, ...]:

@@ -10,7 +10,6 @@ from jax import lax
 from pathcond_jax import blocks
 from pathcond_jax.blocks import Masses, Table
 from pathcond_jax.reduction import LogSum
-from pathcond_jax.sharding import segment_max
 from pathcond_jax.solvers import Solution, Status
 from pathcond_jax.spec import ArchSpec, SpecError, compute_dtype, no_neuron
 from pathcond_jax.sweeps import colors
@@ -127,6 +126,5 @@ def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, 
         logs = jnp.log(values)
         rows = (logs + y[:, None, :]).max(2) + x
         maxima.append((rows, (logs + x[:, :, None]).max(1) + y))
-    flat = jnp.tile(blocks.join(maxima), table.slots.shape[0])
-    top = segment_max(flat, table.slots.reshape(-1), 2 * table.size + 1)
-    return top[: table.size], top[table.size : -1]
+    top = blocks.collect_all(table, blocks.join(maxima), -jnp.inf).max(1)
+    return top[: table.size], top[table.size :]
