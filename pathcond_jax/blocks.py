@@ -11,6 +11,7 @@ of any depth stay inside float32.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -56,8 +57,10 @@ class Table(NamedTuple):
       shapes: the shape of each stack.
       slots: integer (slots, positions) into ``[z, −z, 0]``, whose sum is what a position adds
         to (Bz). Positions are the rows of the first stack, its columns, the rows of the second.
-      places: integer (2H, most), the positions that each neuron leaves, then those that it enters;
-        the number of positions where there are fewer.
+      places: the positions that leave each neuron, and those that enter it, as rows of integer
+        arrays (some of 2H, most); the number of positions where there are fewer. Rows of similar
+        length share an array.
+      order: integer (2H,), where each is among all rows: the outgoing ones of all neurons first.
     """
 
     size: int
@@ -65,7 +68,8 @@ class Table(NamedTuple):
     stacks: tuple[tuple[Piece, ...], ...]
     shapes: tuple[tuple[int, int, int], ...]
     slots: np.ndarray
-    places: np.ndarray
+    places: tuple[np.ndarray, ...]
+    order: np.ndarray
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -107,6 +111,7 @@ def table(spec: ArchSpec) -> Table:
         for side in ("rows", "cols")
     ]
     slots = np.concatenate([slots for side in sides for slots in side], 1)
+    places, order = _places(slots, 2 * starts[-1])
     # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
     return Table(
         size=starts[-1],
@@ -114,7 +119,8 @@ def table(spec: ArchSpec) -> Table:
         stacks=stacks,
         shapes=tuple((sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks),
         slots=slots.astype(np.int32),
-        places=_places(slots, 2 * starts[-1]).astype(np.int32),
+        places=tuple(rows.astype(np.int32) for rows in places),
+        order=order.astype(np.int32),
     )
 
 
@@ -162,24 +168,34 @@ def groups_of(slots: np.ndarray, table: Table) -> np.ndarray:
     return np.unique(np.searchsorted(table.starts, neurons, side="right") - 1)
 
 
-def collect_all(table: Table, values: jax.Array, empty: float) -> jax.Array:
-    """The values of the positions that leave each neuron, then of those that enter it: (2H, most).
+def over_neurons(
+    table: Table, values: jax.Array, empty: float, reduce: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Reduces over the positions that leave and over those that enter each neuron.
 
-    ``empty`` stands where a neuron has fewer than the most.
+    Args:
+      table: the arrangement.
+      values: (positions,).
+      empty: a value that does not change what ``reduce`` gives.
+      reduce: from (neurons, positions of each) to (neurons,).
+
+    Returns:
+      Two arrays (H,).
     """
-    return jnp.append(values, jnp.full((1,), empty, values.dtype))[table.places]
+    extended = jnp.append(values, jnp.full((1,), empty, values.dtype))
+    parts = [reduce(extended[places]) for places in table.places]
+    both = parts[0] if len(parts) == 1 else jnp.concatenate(parts)[table.order]
+    return both[: table.size], both[table.size :]
 
 
 def collect(table: Table, values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums over the positions that leave and over those that enter each neuron: two of (H,)."""
-    sums = collect_all(table, values, 0).sum(1)
-    return sums[: table.size], sums[table.size :]
+    return over_neurons(table, values, 0, lambda met: met.sum(1))
 
 
 def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logarithms of :func:`collect` of exp(logs)."""
-    sums = logsumexp(collect_all(table, logs, -jnp.inf), 1)
-    return sums[: table.size], sums[table.size :]
+    return over_neurons(table, logs, -jnp.inf, lambda met: logsumexp(met, 1))
 
 
 def segment_logsumexp(logs: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
@@ -324,16 +340,22 @@ def _slots(links: tuple, shape: tuple[int, int], starts: tuple[int, ...]) -> np.
     return slots[: max(1, int((slots < 2 * size).sum(0).max()))]
 
 
-def _places(slots: np.ndarray, count: int) -> np.ndarray:
-    """Where each of ``count`` numbers is among the columns of ``slots``."""
+def _places(slots: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Where each of ``count`` numbers is among the columns of ``slots``, and its row in that."""
     flat, width = slots.reshape(-1), slots.shape[1]
-    order = np.argsort(flat, kind="stable")
-    ends = np.searchsorted(flat[order], np.arange(count + 1))
+    found = np.argsort(flat, kind="stable")
+    ends = np.searchsorted(flat[found], np.arange(count + 1))
     sizes = np.diff(ends)
-    places = np.full((count, sizes.max()), width)
-    within = np.arange(sizes.max()) < sizes[:, None]
-    places[within] = order[: ends[-1]] % width
-    return places
+    # Up to 4, 16, 64, ... in an array: a neuron of a long residual stream pads no others.
+    kinds = np.ceil(0.5 * np.log2(np.maximum(sizes, 4)))
+    places = []
+    for kind in np.unique(kinds):
+        chosen = sizes[kinds == kind]
+        rows = np.full((chosen.size, max(chosen.max(), 1)), width)
+        inside = np.repeat(kinds == kind, sizes)
+        rows[np.arange(rows.shape[1]) < chosen[:, None]] = found[: ends[-1]][inside] % width
+        places.append(rows)
+    return places, np.argsort(np.argsort(kinds, kind="stable"))
 
 
 def _opposite(row: np.ndarray, col: np.ndarray, size: int) -> tuple[np.ndarray, ...]:

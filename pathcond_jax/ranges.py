@@ -126,5 +126,4 @@ def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, 
         logs = jnp.log(values)
         rows = (logs + y[:, None, :]).max(2) + x
         maxima.append((rows, (logs + x[:, :, None]).max(1) + y))
-    top = blocks.collect_all(table, blocks.join(maxima), -jnp.inf).max(1)
-    return top[: table.size], top[table.size :]
+    return blocks.over_neurons(table, blocks.join(maxima), -jnp.inf, lambda met: met.max(1))

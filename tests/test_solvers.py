@@ -621,6 +621,29 @@ def test_blocks_sum_what_the_definition_sums(few):
     np.testing.assert_allclose(out - into, b.T @ (mass / mass.sum() * (b @ z)), atol=1e-9)
 
 
+def test_what_neurons_of_many_and_of_few_arrays_meet():
+    rng = np.random.default_rng(0)
+    n4, n2, count = np.arange(4), np.arange(2), 9
+    heads, ends = ([f"{name}{k}" for k in range(count)] for name in ("head", "end"))
+    gram = draw(rng, {"stem": (3, 4)} | dict.fromkeys(heads, (4, 2)) | dict.fromkeys(ends, (2, 1)))
+    few = [(h, 2, [(h, 1, n2)], [(e, 0, n2)]) for h, e in zip(heads, ends, strict=True)]
+    many = ("many", 4, [("stem", 1, n4)], [(head, 0, n4) for head in heads])
+    spec = spec_of(gram, many, *few)
+    table = blocks.table(spec)
+    assert [rows.shape for rows in table.places] == [(4 + 2 * 2 * count, 1), (4, count)]
+    values = rng.random(table.slots.shape[1]).astype(np.float32)
+    sums, largest = np.zeros((2, 2 * table.size + 1))
+    for slots in table.slots:
+        np.add.at(sums, slots, values)
+        np.maximum.at(largest, slots, values)
+    found = blocks.collect(table, values)
+    np.testing.assert_allclose(np.concatenate(found), sums[:-1], rtol=1e-6)
+    found = blocks.over_neurons(table, values, -np.inf, lambda met: met.max(1))
+    np.testing.assert_array_equal(np.concatenate(found), largest[:-1].astype(np.float32))
+    found = blocks.collect_log(table, np.log(values))
+    np.testing.assert_allclose(np.concatenate(found), np.log(sums[:-1]), rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_calls():
     gram, spec = chain(np.random.default_rng(0), (2, 3, 2))
     with pytest.raises(SpecError, match="unknown method 'bfgs'; there are 'newton'"):
