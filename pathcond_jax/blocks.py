@@ -341,7 +341,7 @@ def _slots(links: tuple, shape: tuple[int, int], starts: tuple[int, ...]) -> np.
 
 
 def _places(slots: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Where each of ``count`` numbers is among the columns of ``slots``, and its row in that."""
+    """The columns of ``slots`` that hold each of ``count`` numbers, and which row is whose."""
     flat, width = slots.reshape(-1), slots.shape[1]
     found = np.argsort(flat, kind="stable")
     ends = np.searchsorted(flat[found], np.arange(count + 1))

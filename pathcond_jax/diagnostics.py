@@ -204,9 +204,10 @@ def _represent(
         for leaf, value in zip(spec.leaves, match_leaves(spec, params), strict=True)
         if leaf.trainable
     }
-    found = zip(trained, *_sizes(list(trained.values())), strict=True)
-    sizes = {path: (float(norm), float(largest)) for path, norm, largest in found}
-    norms = {path: norm for path, (norm, _) in sizes.items()}
+    norms, ranges = (
+        dict(zip(trained, map(float, found), strict=True))
+        for found in _sizes(list(trained.values()))
+    )
     quantities = map(np.asarray, conserved_quantities(params, spec))
     return Representative(
         name=name,
@@ -219,7 +220,7 @@ def _represent(
             for group, c in zip(spec.groups, quantities, strict=True)
         },
         norms=norms,
-        ranges={path: largest for path, (_, largest) in sizes.items()},
+        ranges=ranges,
     )
 
 

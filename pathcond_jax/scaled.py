@@ -21,6 +21,7 @@ class Scaled(NamedTuple):
 
 def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
     """2^exponent, 0 below the normal numbers and inf above them."""
+    # Neither exp2 nor ldexp promises a result without rounding.
     info, integer = _format(dtype)
     lowest, highest = np.int32(info.minexp - 1), np.int32(info.maxexp)
     clipped = lax.clamp(lowest, exponent, highest).astype(integer)
