@@ -57,7 +57,7 @@ def conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...
       [[8.0, -4.0]]
     """
     match_leaves(spec, params)
-    return _conserved_quantities(params, spec)
+    return _conserved_quantities(params, spec.symmetry)
 
 
 @functools.partial(jax.jit, static_argnums=1)

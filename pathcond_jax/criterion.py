@@ -115,7 +115,7 @@ class RangeBalance(Criterion):
         masses, logs = reduction.reduce_masses(
             spec, jax.tree.unflatten(spec.treedef, sizes), reduction.MAX
         )
-        finite = _all_finite(params, spec)
+        finite = _all_finite(params, spec.symmetry)
         masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in masses)
         term = LogSum(1.0, -1.0, masses, logs)
         given = None if self.incoming is None else self.incoming(spec)
@@ -148,7 +148,7 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
 def _poisoned_unless_finite(goal: Objective, spec: ArchSpec, params: PyTree) -> Objective:
     """A parameter that is not finite makes the objective NaN, which solvers report."""
     first, *others = goal.linear
-    poisoned = jnp.where(_all_finite(params, spec), jnp.asarray(first), jnp.nan)
+    poisoned = jnp.where(_all_finite(params, spec.symmetry), jnp.asarray(first), jnp.nan)
     return goal._replace(linear=(poisoned, *others))
 
 

@@ -51,7 +51,7 @@ def balance_ranges(
         raise SpecError(f"ranges are balanced by sweeps, which have no option {min(others)!r}")
     if not spec.num_neurons:
         raise SpecError(no_neuron(spec))
-    return _balance(term, given, initial, max_steps, tol, max_log_scale, alpha, spec=spec)
+    return _balance(term, given, initial, max_steps, tol, max_log_scale, alpha, spec=spec.symmetry)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))

@@ -166,7 +166,7 @@ def reduce_masses(
     spec: ArchSpec, tree: PyTree | ScaledDiagonal, reduction: Reduction = SUM
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Reduces the trainable entries of a parameter-shaped tree to the blocks of the layout."""
-    return _reduce_masses(tree, spec, reduction)
+    return _reduce_masses(tree, spec.symmetry, reduction)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -59,7 +59,7 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
     checked = _checked(log_scales, spec)
     met = {i.path for group in spec.groups for i in (*group.incoming, *group.outgoing)}
     positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in met]
-    rescaled = _rescaled([values[k] for k in positions], checked, spec=spec, power=power)
+    rescaled = _rescaled([values[k] for k in positions], checked, spec=spec.symmetry, power=power)
     for k, value in zip(positions, rescaled, strict=True):
         values[k] = value
     return jax.tree.unflatten(spec.treedef, values)

@@ -3,7 +3,7 @@
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,10 +104,11 @@ def solve(
         shapes = tuple(np.shape(part) for part in initial)
         if shapes != wanted:
             raise SpecError(f"initial has shapes {shapes}, the groups of the spec {wanted}")
-    max_steps = chosen.max_steps if max_steps is None else max_steps
+    max_steps = chosen.max_steps if max_steps is None else int(max_steps)
+    tols = chosen.tol if tol is None else dict.fromkeys(chosen.tol, float(tol))
     own = limit is not None
-    limit = limit if own else default_limit(spec)
-    return _solve(gram, initial, max_steps, tol, limit, own, spec=spec, method=method)
+    limit = default_limit(spec) if limit is None else float(limit)
+    return _solve(gram, initial, max_steps, tols, limit, own, spec=spec.symmetry, method=method)
 
 
 def _check_objective(objective: Objective, method: str) -> None:
@@ -132,25 +133,23 @@ def default_limit(spec: ArchSpec) -> float:
 def _solve(
     gram: PyTree,
     initial: tuple[jax.Array, ...] | None,
-    max_steps: Any,
-    tol: Any,
-    limit: Any,
-    own_limit: Any,
+    max_steps: jax.Array,
+    tols: dict[int, jax.Array],
+    limit: jax.Array,
+    own_limit: jax.Array,
     *,
     spec: ArchSpec,
     method: str,
 ) -> Solution:
     objective = gram if isinstance(gram, Objective) else path_objective(spec, gram)
-    task, chosen = problem.make(objective, spec, limit), METHODS[method]
+    task = problem.make(objective, spec, limit)
     dtype = task.linear.dtype
-    tol = chosen.tol[jnp.finfo(dtype).bits] if tol is None else tol
     z = jnp.zeros_like(task.linear)
     if initial is not None:
         z = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in initial])
         z = jnp.where(task.alive & jnp.isfinite(z), task.clip(z), 0)
-    run = chosen.run(
-        task, spec, z, jnp.asarray(max_steps, jnp.int32), jnp.asarray(tol).astype(dtype)
-    )
+    tol = tols[jnp.finfo(dtype).bits].astype(dtype)
+    run = METHODS[method].run(task, spec, z, max_steps.astype(jnp.int32), tol)
     return _solution(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))
 
 

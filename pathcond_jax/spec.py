@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -128,7 +129,8 @@ class ArchSpec:
     """What may be rescaled in a network: static, printable, compared and hashed by identity.
 
     Build it once with ``trace_spec`` or ``chain_spec``; close over it or pass it as a static
-    argument of ``jax.jit``.
+    argument of ``jax.jit``. Outside of ``jit`` a second trace of the same network finds all
+    compiled.
 
     Attributes:
       groups: the neuron groups in forward order.
@@ -170,6 +172,16 @@ class ArchSpec:
         return sum(leaf.size for leaf in self.leaves if leaf.trainable)
 
     @cached_property
+    def symmetry(self) -> "ArchSpec":
+        """The groups and leaves alone: one object for all specs in which these are equal.
+
+        What is compiled for it serves every trace of the same network.
+        """
+        bare = ArchSpec(self.groups, self.leaves, self.treedef)
+        key = (tuple(map(_contents, self.groups)), self.leaves, self.treedef)
+        return _SYMMETRIES.setdefault(key, bare)
+
+    @cached_property
     def _by_path(self) -> dict[str, Leaf]:
         return {leaf.path: leaf for leaf in self.leaves}
 
@@ -200,6 +212,18 @@ class ArchSpec:
         return _table(self)
 
     __repr__ = __str__
+
+
+_SYMMETRIES: weakref.WeakValueDictionary[Any, ArchSpec] = weakref.WeakValueDictionary()
+
+
+def _contents(group: NeuronGroup) -> tuple[Any, ...]:
+    """What a group is made of, to be compared by value."""
+    sides = [
+        tuple((i.path, i.axes, i.index.shape, i.index.tobytes()) for i in side)
+        for side in (group.incoming, group.outgoing)
+    ]
+    return group.name, group.size, *sides
 
 
 def is_traced(value: Any) -> bool:

@@ -234,7 +234,7 @@ class TestTransformations:
         assert score._cache_size() == 1
 
     def test_repeated_eager_calls_compile_nothing(self, mlp):
-        params, spec = mlp.params, mlp.spec
+        apply_fn, params, x, _, spec = mlp
         compilations = []
 
         def count(event, duration, **_):
@@ -247,9 +247,13 @@ class TestTransformations:
             pathcond.condition(params, spec)
             compilations.clear()
             pathcond.condition(other, spec)
+            assert not compilations
+            again = pathcond.trace_spec(apply_fn, params, x)
+            compilations.clear()
+            pathcond.condition(other, again)
+            assert not compilations
         finally:
             monitoring.clear_event_listeners()
-        assert not compilations
 
     def test_gradient_through_rescaling(self, mlp):
         apply_fn, params, x, _, spec = mlp

@@ -1,5 +1,6 @@
 """The spec as plain data: what it prints, what it answers, and what it is to JAX."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -208,6 +209,20 @@ class TestInJax:
         assert spec == spec
         assert spec != other
         assert {spec: 1, other: 2}[spec] == 1
+
+    def test_traces_of_one_network_share_their_symmetry(self, spec):
+        other = pathcond.trace_spec(model.apply, shapes, x)
+        assert other.symmetry is spec.symmetry is spec.symmetry.symmetry
+        assert other.symmetry.groups[0].incoming[0].path == spec.groups[0].incoming[0].path
+        first, *rest = spec.groups
+        flipped = [
+            dataclasses.replace(i, index=np.flip(i.index))
+            for i in (*first.incoming, *first.outgoing)
+        ]
+        entering = len(first.incoming)
+        first = dataclasses.replace(first, incoming=flipped[:entering], outgoing=flipped[entering:])
+        permuted = dataclasses.replace(spec, groups=(first, *rest))
+        assert permuted.symmetry is not spec.symmetry
 
     def test_static_argument(self, spec):
         traces = []
