@@ -1,9 +1,13 @@
 """What holds for every test: strict promotion, the CPU, reproducible examples in CI."""
 
+import concurrent.futures
+import contextvars
+import functools
 import itertools
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 # Most of the time goes into compiling programs that run once, on a few numbers. The workers and
 # the processes that tests start share what they compile, here and in the next run; kernels made
@@ -49,6 +53,24 @@ def few_compiled_programs() -> Iterator[None]:
         return
     if maps.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Runs each test in a thread of its own.
+
+    MLIR keeps a table per thread of all programs that the thread has lowered and JAX remembers,
+    and goes through it for every further one: after a thousand it takes three times as long.
+    """
+    test, context = pyfuncitem.obj, contextvars.copy_context()
+
+    @functools.wraps(test)
+    def in_a_thread(**arguments: Any) -> None:
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            threads.submit(context.run, test, **arguments).result()
+
+    pyfuncitem.obj = in_a_thread
+    return (yield)
 
 
 @pytest.fixture
