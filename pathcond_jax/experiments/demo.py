@@ -6,8 +6,9 @@ four compute the same function; they differ in how plain gradient descent moves 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import pathcond_jax as pathcond
@@ -306,7 +307,6 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> None
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
     dataset, chosen = data.load_digits(), studies(quick)
-    results = []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -317,8 +317,22 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> None
         tasks = [
             progress.add_task(s.title, total=s.num_epochs * len(s.learning_rates)) for s in chosen
         ]
-        for study, task in zip(chosen, tasks, strict=True):
-            results.append(run_study(study, dataset, on_epochs=partial(progress.advance, task)))
+        stopped = Event()
+
+        def run(study: Study, task: TaskID) -> Result:
+            def advance(epochs: int) -> None:
+                if stopped.is_set():
+                    raise KeyboardInterrupt
+                progress.advance(task, epochs)
+
+            return run_study(study, dataset, on_epochs=advance)
+
+        # At once, because a small network keeps no more than one core busy.
+        with ThreadPoolExecutor() as threads:
+            try:
+                results = list(threads.map(run, chosen, tasks))
+            finally:
+                stopped.set()
     for result in results:
         console.print()
         console.print(describe(result), highlight=False)
