@@ -49,8 +49,8 @@ def solve_difference(
     if not limits:
         raise SpecError("an objective with concave terms needs a box")
     chosen = tuple(sorted(options.items()))
-    limit, convex_and_concave = float(min(limits)), objective._replace(limit=None)
-    return _descend(convex_and_concave, initial, spec=spec.symmetry, limit=limit, options=chosen)
+    limit, unboxed = float(min(limits)), objective._replace(limit=None)
+    return _descend(unboxed, initial, spec=spec.symmetry, limit=limit, options=chosen)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "limit", "options"))

@@ -133,10 +133,10 @@ def default_limit(spec: ArchSpec) -> float:
 def _solve(
     gram: PyTree,
     initial: tuple[jax.Array, ...] | None,
-    max_steps: jax.Array,
-    tols: dict[int, jax.Array],
-    limit: jax.Array,
-    own_limit: jax.Array,
+    max_steps: int | jax.Array,
+    tols: dict[int, float | jax.Array],
+    limit: float | jax.Array,
+    own_limit: bool | jax.Array,
     *,
     spec: ArchSpec,
     method: str,
@@ -148,8 +148,9 @@ def _solve(
     if initial is not None:
         z = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in initial])
         z = jnp.where(task.alive & jnp.isfinite(z), task.clip(z), 0)
-    tol = tols[jnp.finfo(dtype).bits].astype(dtype)
-    run = METHODS[method].run(task, spec, z, max_steps.astype(jnp.int32), tol)
+    # Python's numbers under jax.disable_jit.
+    tol = jnp.asarray(tols[jnp.finfo(dtype).bits]).astype(dtype)
+    run = METHODS[method].run(task, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
     return _solution(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))
 
 

@@ -425,6 +425,15 @@ def test_one_compilation(method):
         run(jax.tree.map(np.float32, chain(rng, sizes)[0]))
 
 
+def test_without_jit():
+    gram, spec = built("chain")
+    gram = jax.tree.map(np.float32, gram)
+    compiled = solve(gram, spec, max_steps=2)
+    with jax.disable_jit():
+        stepped = solve(gram, spec, max_steps=2)
+    chex.assert_trees_all_close(stepped.log_scales, compiled.log_scales, atol=1e-4)
+
+
 def deep(depth, width=8):
     """A default-initialized network whose Gram diagonal leaves the range of float32."""
     rng = np.random.default_rng(0)

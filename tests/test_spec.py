@@ -213,7 +213,7 @@ class TestInJax:
     def test_traces_of_one_network_share_their_symmetry(self, spec):
         other = pathcond.trace_spec(model.apply, shapes, x)
         assert other.symmetry is spec.symmetry is spec.symmetry.symmetry
-        assert other.symmetry.groups[0].incoming[0].path == spec.groups[0].incoming[0].path
+        assert spec.symmetry.program is None
         first, *rest = spec.groups
         flipped = [
             dataclasses.replace(i, index=np.flip(i.index))

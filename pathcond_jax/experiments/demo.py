@@ -327,7 +327,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> None
 
             return run_study(study, dataset, on_epochs=advance)
 
-        # At once, because a small network keeps no more than one core busy.
+        # At once, because a small network does not keep two cores busy.
         with ThreadPoolExecutor() as threads:
             try:
                 results = list(threads.map(run, chosen, tasks))
