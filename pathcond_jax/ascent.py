@@ -9,9 +9,10 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax import blocks, problem
+from pathcond_jax._spec.spec import ArchSpec, no_neuron
+from pathcond_jax._spec.types import SpecError
 from pathcond_jax.reduction import Objective
 from pathcond_jax.solvers import Solution, Status, solve
-from pathcond_jax.spec import ArchSpec, SpecError, no_neuron
 
 _MOST_ROUNDS = 50
 

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csgraph
 
-from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, compute_dtype, match_leaves
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 
 
 def neuron_orientations(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...]:

@@ -21,12 +21,15 @@ import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
 from pathcond_jax import blocks
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.sharding import segment_sum
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 from pathcond_jax.criteria import norm
 from pathcond_jax.reduction import LogSum, Objective, Smooth, reduce_masses
 from pathcond_jax.rescaling import rescale
-from pathcond_jax.sharding import segment_sum
 from pathcond_jax.solvers import Solution, solve
-from pathcond_jax.spec import ArchSpec, Incidence, PyTree, SpecError, compute_dtype, match_leaves
 
 _MOST_ROUNDS = 10
 
@@ -188,8 +191,8 @@ def _tilted_energy(spec: ArchSpec) -> Callable[..., jax.Array]:
         log_scales: tuple[jax.Array, ...],
     ) -> jax.Array:
         table, z = blocks.table(spec), jnp.concatenate(log_scales)
-        stacks = blocks.stacked(LogSum(1.0, -2.0, *masses), table, z.dtype)
-        stacked = blocks.equilibrate(stacks, jnp.array(True))
+        parts = blocks.stacked(LogSum(1.0, -2.0, *masses), table, z.dtype)
+        stacked = blocks.equilibrate(parts, jnp.array(True))
         exponents = stacked.logs - 2 * blocks.spread(table, z)
         shares = blocks.normalized(stacked, table, exponents, jnp.log(scale).astype(z.dtype))
         return 0.5 * functools.reduce(jnp.add, [share.sum() for share in shares])

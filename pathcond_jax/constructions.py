@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pathcond_jax.spec import PyTree, SpecError
+from pathcond_jax._spec.types import PyTree, SpecError
 
 TWO_LAYER_MODES = ("balanced", "dominated", "unbalanced")
 

@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax import blocks, problem
+from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax.blocks import Masses, Table
 from pathcond_jax.problem import Problem, Run
-from pathcond_jax.spec import ArchSpec
 from pathcond_jax.sweeps import Neurons, log_x, neurons_at
 
 Integers = np.ndarray | jax.Array
@@ -127,12 +127,12 @@ def coordinate(
     Stops when Σ|Δ(2z)| over a sweep is below ``tol``, as the authors do.
     """
     table, sweep = blocks.table(spec), plan(spec)
-    stacks = _stacks(task.masses[0], table)
+    views = _stacks(task.masses[0], table)
     sums = problem.log_sums(task, table, 0, z)
     rows = sums.positions[np.flatnonzero(table.is_row)] + sums.total
     owners = [np.full(p.shape[0] * p.shape[1], k) for k, p in enumerate(table.pieces)]
     totals = blocks.segment_logsumexp(rows, np.concatenate(owners), len(owners))
-    branches = [functools.partial(_visit, task, stacks, kind) for kind in sweep.kinds]
+    branches = [functools.partial(_visit, task, views, kind) for kind in sweep.kinds]
 
     def visit(carry: tuple, which: tuple) -> tuple:
         kind, place = which
@@ -226,20 +226,20 @@ def _stacks(masses: Masses, table: Table) -> tuple[View, ...]:
     return tuple(View(values, logs) for values, logs in zip(masses.values, sides, strict=True))
 
 
-def _view(stacks: tuple[View, ...], part: Part, met: Encounter) -> View:
+def _view(views: tuple[View, ...], part: Part, met: Encounter) -> View:
     def taken(array: jax.Array) -> jax.Array:
         # Without a choice, no copy.
         if array.shape[0] == part.batch:
             return array
         return lax.dynamic_slice_in_dim(array, met.first, part.batch)
 
-    values, (rows, cols) = stacks[part.stack]
+    values, (rows, cols) = views[part.stack]
     return View(taken(values), (taken(rows), taken(cols)))
 
 
 def _visit(
     task: Problem,
-    stacks: tuple[View, ...],
+    views: tuple[View, ...],
     kind: Kind,
     place: jax.Array,
     z: jax.Array,
@@ -251,9 +251,7 @@ def _visit(
         lambda a: lax.dynamic_index_in_dim(a, place, keepdims=False), kind.visits
     )
     parts, joined = (
-        tuple(
-            (part, met, _view(stacks, part, met)) for part, met in zip(static, found, strict=True)
-        )
+        tuple((part, met, _view(views, part, met)) for part, met in zip(static, found, strict=True))
         for static, found in ((kind.parts, visit.parts), (kind.joined, visit.joined))
     )
     total = blocks.logsumexp(totals)

@@ -44,11 +44,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pathcond_jax import reduction, roles
+from pathcond_jax import roles
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.criterion import Balance, Criterion, RangeBalance
-from pathcond_jax.lifting import ScaledDiagonal, scaled_gram_diagonal
-from pathcond_jax.reduction import LogSum, Objective, Smooth
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, compute_dtype, match_leaves
+from pathcond_jax.lifting import scaled_gram_diagonal
+from pathcond_jax.reduction import LogSum, Objective, Smooth, layout, path_objective, reduce_masses
 
 
 def path() -> Criterion:
@@ -72,7 +76,7 @@ def path() -> Criterion:
     """
 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
-        return reduction.path_objective(spec, scaled_gram_diagonal(params, spec))
+        return path_objective(spec, scaled_gram_diagonal(params, spec))
 
     return Balance("path", objective)
 
@@ -121,7 +125,7 @@ def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> 
         ]
         extra = tuple(-p * depths[leaf.path] * math.log2(depth_penalty) for leaf in spec.leaves)
         trees = (spec.treedef.unflatten(part) for part in _powers(counted, p, extra))
-        masses = reduction.reduce_masses(spec, ScaledDiagonal(*trees))
+        masses = reduce_masses(spec, ScaledDiagonal(*trees))
         term = LogSum(2.0 / p * spec.num_parameters, -float(p), *masses)
         return Objective((term,), _nothing(spec))
 
@@ -190,7 +194,7 @@ def fisher(source: Callable[[PyTree], PyTree] | PyTree, *, damping: float = 1e-4
             else value
             for leaf, value, moment in zip(spec.leaves, values, moments, strict=True)
         ]
-        return reduction.path_objective(spec, jax.tree.unflatten(spec.treedef, damped))
+        return path_objective(spec, jax.tree.unflatten(spec.treedef, damped))
 
     return Balance("fisher", objective)
 
@@ -231,7 +235,7 @@ def steepest(grads: PyTree, radius: float) -> Criterion:
 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
         del params
-        masses = reduction.reduce_masses(spec, _squared(grads, spec, "grads"))
+        masses = reduce_masses(spec, _squared(grads, spec, "grads"))
         term = LogSum(float(spec.num_parameters), 2.0, *masses)
         return Objective((), _nothing(spec), concave=(term,), limit=radius)
 
@@ -306,11 +310,9 @@ def weighted(
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
         tree = weights(params) if callable(weights) else weights
         match_leaves(spec, tree, "weights")
-        term = LogSum(
-            float(spec.num_parameters), float(exponent), *reduction.reduce_masses(spec, tree)
-        )
+        term = LogSum(float(spec.num_parameters), float(exponent), *reduce_masses(spec, tree))
         factor = tilt * exponent
-        return Objective((term,), tuple(factor * s for s in reduction.layout(spec).surplus))
+        return Objective((term,), tuple(factor * s for s in layout(spec).surplus))
 
     return Balance("weighted", objective)
 

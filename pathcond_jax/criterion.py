@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pathcond_jax import ranges, reduction, roles
+from pathcond_jax import ranges, roles
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.ascent import solve_difference
-from pathcond_jax.reduction import LogSum, Objective
+from pathcond_jax.reduction import MAX, LogSum, Objective, reduce_masses
 from pathcond_jax.solvers import Solution, solve
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves
 
 
 class Criterion(abc.ABC):
@@ -112,9 +114,7 @@ class RangeBalance(Criterion):
             jnp.zeros_like(value) if leaf.path in biases else jnp.abs(value)
             for leaf, value in zip(spec.leaves, values, strict=True)
         ]
-        masses, logs = reduction.reduce_masses(
-            spec, jax.tree.unflatten(spec.treedef, sizes), reduction.MAX
-        )
+        masses, logs = reduce_masses(spec, jax.tree.unflatten(spec.treedef, sizes), MAX)
         finite = _all_finite(params, spec.symmetry)
         masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in masses)
         term = LogSum(1.0, -1.0, masses, logs)

@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree
 from pathcond_jax.conservation import conserved_quantities
 from pathcond_jax.criteria import CRITERIA
 from pathcond_jax.criterion import Criterion
@@ -14,7 +18,6 @@ from pathcond_jax.lifting import conditioning_score
 from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.rescaling import condition
 from pathcond_jax.solvers import Status
-from pathcond_jax.spec import ArchSpec, PyTree, compute_dtype, match_leaves
 
 _FIRST_CELLS = 1024
 _MOST_HALVINGS = 30

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax.spec import PyTree, SpecError
+from pathcond_jax._spec.types import PyTree, SpecError
 
 _MOST_PATTERNS = 20
 

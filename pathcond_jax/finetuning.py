@@ -16,7 +16,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pathcond_jax.spec import PyTree, compute_dtype, describe_leaves
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.trees import describe_leaves
+from pathcond_jax._spec.types import PyTree
 
 _GRID = 512
 _BISECTIONS = 60

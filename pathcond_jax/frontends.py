@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.types import PyTree
 from pathcond_jax.rescaling import condition
 from pathcond_jax.solvers import Solution
-from pathcond_jax.spec import ArchSpec, PyTree
 from pathcond_jax.symmetry import trace_spec
 
 if TYPE_CHECKING:

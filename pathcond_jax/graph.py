@@ -13,7 +13,8 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as jex_primitives
 
-from pathcond_jax.spec import PyTree, SpecError, is_traced
+from pathcond_jax._spec.arrays import is_traced
+from pathcond_jax._spec.types import PyTree, SpecError
 
 # Primitives that nobody writes by their own name, and whose function leaves no trace in a jaxpr.
 _WRITTEN = {"logistic": "sigmoid"}

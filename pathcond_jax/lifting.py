@@ -19,43 +19,27 @@ so one forward and one backward sweep over squared weights give it.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax import scaled
+from pathcond_jax._spec import extended_range
+from pathcond_jax._spec.arrays import is_traced
+from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, _log_of
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.lifting_rules import RULES
 from pathcond_jax.path_listing import list_paths
 from pathcond_jax.path_program import Lifting
 from pathcond_jax.path_values import NotPathLiftableError
-from pathcond_jax.scaled import Scaled
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, is_traced, match_leaves
 
 # Second derivatives by this many entries are computed at once.
 _CHUNK = 64
 _MAX_REPEATED = 4096
 _MAX_MATRIX = 1 << 14
-
-
-class ScaledDiagonal(NamedTuple):
-    """A nonnegative parameter-shaped tree that may exceed the range of its dtype.
-
-    The values are ``mantissa · 2^exponent``.
-
-    Attributes:
-      mantissa: pytree like the parameters.
-      exponent: the same pytree with one int32 scalar per leaf.
-    """
-
-    mantissa: PyTree
-    exponent: PyTree
-
-    @property
-    def log_scale(self) -> PyTree:
-        """The natural logarithms of the factors 2^exponent, in the mantissas' dtypes."""
-        return jax.tree.map(lambda m, e: _log_of(e, m.dtype), self.mantissa, self.exponent)
 
 
 def path_norm(params: PyTree, spec: ArchSpec, order: int = 2, *, log: bool = False) -> jax.Array:
@@ -91,7 +75,7 @@ def path_norm(params: PyTree, spec: ArchSpec, order: int = 2, *, log: bool = Fal
     """
     if order not in (1, 2):
         raise SpecError(f"order is 1 or 2, not {order!r}")
-    total = scaled.normalized(*_lifting(params, spec, order).total())
+    total = extended_range.normalized(*_lifting(params, spec, order).total())
     if log:
         dtype = total.mantissa.dtype
         exponent = jnp.where(total.mantissa > 0, total.exponent, 0)
@@ -99,9 +83,9 @@ def path_norm(params: PyTree, spec: ArchSpec, order: int = 2, *, log: bool = Fal
     if order == 2:
         # Of an odd exponent, one factor of 2 goes under the root.
         odd = total.exponent % 2
-        root = jnp.sqrt(total.mantissa * scaled.power_of_two(odd, total.mantissa.dtype))
+        root = jnp.sqrt(total.mantissa * extended_range.power_of_two(odd, total.mantissa.dtype))
         total = Scaled(root, (total.exponent - odd) // 2)
-    norm = scaled.times_power_of_two(total.mantissa, total.exponent)
+    norm = extended_range.times_power_of_two(total.mantissa, total.exponent)
     _check_range("path_norm", "path_norm(..., log=True)", [total], [norm])
     return norm
 
@@ -136,7 +120,7 @@ def gram_diagonal(params: PyTree, spec: ArchSpec) -> PyTree:
       Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
     """
     found = scaled_gram_diagonal(params, spec)
-    plain = jax.tree.map(scaled.times_power_of_two, found.mantissa, found.exponent)
+    plain = jax.tree.map(extended_range.times_power_of_two, found.mantissa, found.exponent)
     parts = map(Scaled, jax.tree.leaves(found.mantissa), jax.tree.leaves(found.exponent))
     _check_range("gram_diagonal", "scaled_gram_diagonal", list(parts), jax.tree.leaves(plain))
     return plain
@@ -282,14 +266,10 @@ def conditioning_score(params: PyTree, spec: ArchSpec) -> jax.Array:
     return _log_mean_ratio(jnp.concatenate([_logs(Scaled(m, e), top) for m, e in chosen]))
 
 
-def _log_of(exponent: jax.Array, dtype: Any) -> jax.Array:
-    return exponent.astype(dtype) * np.log(2.0).astype(dtype)
-
-
 @jax.jit
 def _shown(exponent: jax.Array) -> jax.Array:
     """Zeros carry an exponent below all others; to the caller it says nothing."""
-    return jnp.where(exponent > scaled.ZERO // 2, exponent, 0)
+    return jnp.where(exponent > extended_range.ZERO // 2, exponent, 0)
 
 
 @jax.jit
@@ -404,8 +384,8 @@ def _gram_matrix(params: PyTree, spec: ArchSpec) -> jax.Array:
     outer = jnp.concatenate([jnp.full(n, e) for n, e in zip(sizes, exponents, strict=True)])
     flat = jnp.concatenate([part.reshape(-1) for part in diagonal])
     exponent = (outer + own)[:, None] - own[None, :]
-    matrix = scaled.times_power_of_two(signed[:, None] * signed[None, :] * second, exponent)
-    matrix = matrix + jnp.diag(scaled.times_power_of_two(flat, outer))
+    matrix = extended_range.times_power_of_two(signed[:, None] * signed[None, :] * second, exponent)
+    matrix = matrix + jnp.diag(extended_range.times_power_of_two(flat, outer))
     jacobian = _weights_by_parameters(params, spec, first)
     return jacobian.T @ matrix @ jacobian if jacobian is not None else matrix
 

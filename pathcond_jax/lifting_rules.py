@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pathcond_jax._spec.arrays import is_traced
+from pathcond_jax._spec.extended_range import Scaled
 from pathcond_jax.graph import Node, primitive
 from pathcond_jax.path_program import SAME, Lifting, Rule, add_all
 from pathcond_jax.path_values import (
@@ -29,8 +31,6 @@ from pathcond_jax.path_values import (
     signals_of,
     unliftable,
 )
-from pathcond_jax.scaled import Scaled
-from pathcond_jax.spec import is_traced
 
 # Functions linear in their arrays; calls of them with equal options compile once.
 

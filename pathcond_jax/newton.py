@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pathcond_jax import blocks, problem
+from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax.blocks import Table
 from pathcond_jax.problem import Problem, Run
-from pathcond_jax.spec import ArchSpec
 from pathcond_jax.sweeps import block_sweep, colors
 
 # Conjugate gradient steps within a Newton step, and halvings of it.

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax import scaled
+from pathcond_jax._spec import extended_range
+from pathcond_jax._spec.extended_range import Scaled
 from pathcond_jax.graph import Graph, Node
 from pathcond_jax.path_values import (
     Call,
@@ -38,7 +39,6 @@ from pathcond_jax.path_values import (
     signals_of,
     unliftable,
 )
-from pathcond_jax.scaled import Scaled
 
 # What a rule sees: the run, the operation and its inputs; it returns the operation's outputs.
 Rule = Callable[["Lifting", Node, list[Value]], list[Value]]
@@ -320,7 +320,7 @@ class Lifting:
 
     def _nothing(self, value: Value) -> Scaled:
         return Scaled(
-            jnp.zeros_like(self.power(value).mantissa), jnp.full((), scaled.ZERO, jnp.int32)
+            jnp.zeros_like(self.power(value).mantissa), jnp.full((), extended_range.ZERO, jnp.int32)
         )
 
     def _accumulate(self, adjoints: dict[Value, Scaled], value: Value, part: Scaled) -> None:
@@ -347,7 +347,7 @@ def _changes_magnitude(factors: Sequence[Value], multiple_of: Sequence[Signal]) 
     return several and not 0 < len(multiple_of) <= _MULTIPLES_IN_A_ROW
 
 
-_powered = jax.jit(scaled.powered, static_argnums=(1, 2, 3))
+_powered = jax.jit(extended_range.powered, static_argnums=(1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -355,13 +355,13 @@ def _forward(linear: Call, normalize: bool, keep_zero: bool, powers: Any, extra:
     mantissa = linear(*(power.mantissa for power in powers), *extra)
     exponent = sum((power.exponent for power in powers[1:]), powers[0].exponent)
     if normalize:
-        return scaled.normalized(mantissa, exponent, keep_zero)
+        return extended_range.normalized(mantissa, exponent, keep_zero)
     return Scaled(mantissa, exponent)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sum(linear: Call, powers: Sequence[Scaled], extra: Any) -> Scaled:
-    mantissas, exponent = scaled.aligned(powers)
+    mantissas, exponent = extended_range.aligned(powers)
     return Scaled(linear(*mantissas, *extra), exponent)
 
 
@@ -378,7 +378,7 @@ def _pulled(
 ) -> list[Scaled]:
     """The derivatives by the inputs ``wanted`` of a record, from those by its outputs."""
     sums = kind is Kind.SUM
-    mantissas = scaled.aligned(powers)[0] if sums else [power.mantissa for power in powers]
+    mantissas = extended_range.aligned(powers)[0] if sums else [power.mantissa for power in powers]
     chosen = [k for k, flag in enumerate(wanted) if flag]
 
     def of_wanted(*values: jax.Array) -> Any:
@@ -388,14 +388,18 @@ def _pulled(
         return linear(*full, *extra)
 
     out, pull = jax.vjp(of_wanted, *(mantissas[k] for k in chosen))
-    adjoints, exponent = scaled.aligned(found)
+    adjoints, exponent = extended_range.aligned(found)
     parts = []
     for k, part in zip(
         chosen, pull(adjoints if isinstance(out, list) else adjoints[0]), strict=True
     ):
         others = [power.exponent for j, power in enumerate(powers) if j != k]
         total = sum(others, exponent) if kind is Kind.PRODUCT else exponent
-        made = scaled.normalized(part, total, keep_zero) if normalize[k] else Scaled(part, total)
+        made = (
+            extended_range.normalized(part, total, keep_zero)
+            if normalize[k]
+            else Scaled(part, total)
+        )
         parts.append(made)
     return parts
 

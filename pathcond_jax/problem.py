@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pathcond_jax import blocks
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax.blocks import Masses, Table
 from pathcond_jax.reduction import Objective, Smooth
-from pathcond_jax.spec import ArchSpec, compute_dtype
 
 
 class Problem(NamedTuple):
@@ -99,14 +100,14 @@ def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Prob
     dtypes = [mass.dtype for term in terms for mass in term.masses]
     dtype = compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
     linear = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in objective.linear])
-    stacks = [blocks.stacked(term, table, dtype) for term in terms]
+    parts = [blocks.stacked(term, table, dtype) for term in terms]
     finite = jnp.isfinite(linear).all()
-    for part in stacks:
+    for part in parts:
         finite &= blocks.are_masses(part)
     origin = jnp.zeros_like(linear)
     for function in objective.smooth:
         finite &= jnp.isfinite(smooth_value(function, table, origin))
-    masses = tuple(blocks.equilibrate(part, finite) for part in stacks)
+    masses = tuple(blocks.equilibrate(part, finite) for part in parts)
     weights, exponents, extra = (
         jnp.asarray([jnp.asarray(number).astype(dtype) for number in numbers], dtype)
         for numbers in (

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pathcond_jax import blocks
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.spec import ArchSpec, no_neuron
+from pathcond_jax._spec.types import SpecError
 from pathcond_jax.blocks import Masses, Table
 from pathcond_jax.reduction import LogSum
 from pathcond_jax.solvers import Solution, Status
-from pathcond_jax.spec import ArchSpec, SpecError, compute_dtype, no_neuron
 from pathcond_jax.sweeps import colors
 
 _TOLERANCE = {32: 1e-5, 64: 1e-10}
@@ -68,12 +70,12 @@ def _balance(
 ) -> Solution:
     table = blocks.table(spec)
     dtype = compute_dtype(*(mass.dtype for mass in term.masses))
-    stacks = blocks.stacked(term, table, dtype)
-    finite = blocks.are_masses(stacks)
+    parts = blocks.stacked(term, table, dtype)
+    finite = blocks.are_masses(parts)
     if given is not None:
         given = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in given])
         finite &= (given < jnp.inf).all()
-    masses = blocks.equilibrate(stacks, finite)
+    masses = blocks.equilibrate(parts, finite)
     alpha = jnp.asarray(alpha, dtype)
     tol = jnp.asarray(_TOLERANCE[jnp.finfo(dtype).bits] if tol is None else tol).astype(dtype)
     limit = jnp.asarray(jnp.inf if limit is None else limit).astype(dtype)

@@ -12,16 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax.lifting import ScaledDiagonal
-from pathcond_jax.sharding import segment_max, segment_sum
-from pathcond_jax.spec import (
-    ArchSpec,
-    Incidence,
-    Leaf,
-    PyTree,
-    compute_dtype,
-    match_leaves,
-)
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.sharding import segment_max, segment_sum
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import Incidence, Leaf, PyTree
 
 
 class Link(NamedTuple):

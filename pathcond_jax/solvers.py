@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax import blocks, coordinate, newton, problem, sweeps
-from pathcond_jax.lifting import ScaledDiagonal
+from pathcond_jax import blocks, coordinate, newton, problem
+from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.spec import ArchSpec, no_neuron
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.problem import Problem, Run
 from pathcond_jax.reduction import Objective, path_objective
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError, match_leaves, no_neuron
+from pathcond_jax.sweeps import block
 
 
 class Status(enum.IntEnum):
@@ -67,7 +70,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "newton": Method(newton.newton, 50, {32: 1e-5, 64: 1e-8}, one_term=False),
-    "block": Method(sweeps.block, 100, {32: 1e-2, 64: 1e-6}, one_term=True),
+    "block": Method(block, 100, {32: 1e-2, 64: 1e-6}, one_term=True),
     "coordinate": Method(coordinate.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True),
 }
 

@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax import blocks, problem
+from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax.blocks import Table
 from pathcond_jax.problem import Problem, Run
-from pathcond_jax.spec import ArchSpec
 
 
 class Neurons(NamedTuple):

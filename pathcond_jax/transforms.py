@@ -11,6 +11,9 @@ import numpy as np
 import optax
 from jax import lax
 
+from pathcond_jax._spec.sharding import automatic
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.lifting import scaled_gram_diagonal
 from pathcond_jax.reconditioning import (
     ReconditionState,
@@ -21,9 +24,7 @@ from pathcond_jax.reconditioning import (
     missing_params,
     widest_dtype,
 )
-from pathcond_jax.sharding import automatic
 from pathcond_jax.solvers import Status
-from pathcond_jax.spec import ArchSpec, PyTree, SpecError
 from pathcond_jax.transport import Buffers, find_buffers, parameter_shapes, probing, transport
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax import monitoring
 
 import pathcond_jax as pathcond
-from pathcond_jax import rescaling
 from pathcond_jax.reduction import path_objective
+from pathcond_jax.rescaling import random_log_scales
 
 
 class LinenMLP(nn.Module):
@@ -162,16 +162,14 @@ class TestTheFunctionStays:
 
     def test_any_rescaling(self, network):
         apply_fn, params, x, _, spec = network
-        rescaled = pathcond.rescale(
-            params, spec, rescaling.random_log_scales(jax.random.key(3), spec)
-        )
+        rescaled = pathcond.rescale(params, spec, random_log_scales(jax.random.key(3), spec))
         assert change(apply_fn, params, rescaled, x) <= 1e-6
         assert pathcond.check_spec(spec, params, x) <= 1e-6
         assert pathcond.check_spec(spec, params) <= 1e-6
 
     def test_powers_of_two_bit_for_bit(self, network):
         apply_fn, params, x, _, spec = network
-        scales = rescaling.random_log_scales(jax.random.key(3), spec)
+        scales = random_log_scales(jax.random.key(3), spec)
         scales = pathcond.round_to_powers_of_two([3 * z for z in scales])
         rescaled = pathcond.rescale(params, spec, scales)
         moved = leaves_with_path(rescaled)
@@ -257,7 +255,7 @@ class TestTransformations:
 
     def test_gradient_through_rescaling(self, mlp):
         apply_fn, params, x, _, spec = mlp
-        scales = rescaling.random_log_scales(jax.random.key(4), spec)
+        scales = random_log_scales(jax.random.key(4), spec)
         loss = lambda params: jnp.mean(apply_fn(params, x) ** 2)  # noqa: E731
         # The gradient is a covector: it moves by the inverse factor.
         there = jax.grad(loss)(pathcond.rescale(params, spec, scales))
@@ -311,7 +309,7 @@ class TestTrees:
         params = {"net": mlp.params, "step": np.int32(7), "key": jax.random.key(0)}
         spec = pathcond.trace_spec(lambda p, x: mlp.apply_fn(p["net"], x), params, mlp.x)
         assert spec.num_parameters == mlp.spec.num_parameters
-        scales = rescaling.random_log_scales(jax.random.key(3), spec)
+        scales = random_log_scales(jax.random.key(3), spec)
         rescaled = pathcond.rescale(params, spec, scales)
         assert rescaled["step"] is params["step"]
         assert rescaled["key"] is params["key"]
@@ -324,7 +322,7 @@ class TestTrees:
         assert spec.num_parameters == mlp.spec.num_parameters
         gram = pathcond.gram_diagonal(bare, spec)
         assert_same_bits(gram, pathcond.gram_diagonal(mlp.params, mlp.spec)["params"])
-        scales = rescaling.random_log_scales(jax.random.key(3), spec)
+        scales = random_log_scales(jax.random.key(3), spec)
         whole = pathcond.rescale(mlp.params, mlp.spec, scales)
         assert_same_bits(pathcond.rescale(bare, spec, scales), whole["params"])
 
@@ -482,6 +480,6 @@ class TestOptimum:
         divergence = best / count - np.log(count) - sum(log.sum() for log in logs) / count
         np.testing.assert_allclose(score, divergence, atol=1e-5)
         for seed in range(3):
-            noise = rescaling.random_log_scales(jax.random.key(seed), mlp.spec)
+            noise = random_log_scales(jax.random.key(seed), mlp.spec)
             near = tuple(z + 0.1 * e for z, e in zip(solution.log_scales, noise, strict=True))
             assert objective(near) > best

@@ -9,7 +9,7 @@ import pytest
 from zoo import NETWORKS
 
 import pathcond_jax as pathcond
-from pathcond_jax.spec import leaf_path
+from pathcond_jax._spec.trees import leaf_path
 
 
 def paths(params):

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from pathcond_jax import blocks, sweeps
-from pathcond_jax.lifting import ScaledDiagonal
+from pathcond_jax import blocks
+from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import describe_leaves
+from pathcond_jax._spec.types import Incidence, NeuronGroup, SpecError
 from pathcond_jax.reduction import LogSum, Objective, Smooth, path_objective, reduce_masses
 from pathcond_jax.solvers import Solution, Status, default_limit, solve
-from pathcond_jax.spec import ArchSpec, Incidence, NeuronGroup, SpecError, describe_leaves
+from pathcond_jax.sweeps import colors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NETWORKS = ("mlp_2-8-8-2", "mlp_2-32-32-32-2", "conv_plain_8-16-20")
@@ -603,20 +606,20 @@ def test_the_optimum_does_not_depend_on_the_representative():
 
 def test_colors():
     rng = np.random.default_rng(0)
-    even_odd = sweeps.colors(chain(rng, (2, 2, 3, 4, 2))[1])
+    even_odd = colors(chain(rng, (2, 2, 3, 4, 2))[1])
     np.testing.assert_array_equal(even_odd.joined, [False, False])
     np.testing.assert_array_equal(even_odd.mask[0], ~even_odd.mask[1])
-    assert len(sweeps.colors(stream(rng)[1]).mask) == 3
-    np.testing.assert_array_equal(sweeps.colors(recurrent(rng)[1]).joined, [True])
+    assert len(colors(stream(rng)[1]).mask) == 3
+    np.testing.assert_array_equal(colors(recurrent(rng)[1]).joined, [True])
 
 
 def test_blocks_sum_what_the_definition_sums(few):
     gram, spec = few
     b, z = incidences(spec), np.random.default_rng(1).normal(size=spec.num_neurons)
     table = blocks.table(spec)
-    stacks = blocks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)
-    assert blocks.are_masses(stacks)
-    masses = blocks.equilibrate(stacks, jnp.array(True))
+    parts = blocks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)
+    assert blocks.are_masses(parts)
+    masses = blocks.equilibrate(parts, jnp.array(True))
     exponents = masses.logs + 2 * blocks.spread(table, jnp.asarray(z))
     mass = flat(spec, gram) * np.exp(2 * b @ z)
     total = blocks.log_total(masses, table, exponents)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pathcond_jax as pathcond
-from pathcond_jax.spec import leaf_path
+from pathcond_jax._spec.trees import leaf_path
 
 
 class Network(NamedTuple):

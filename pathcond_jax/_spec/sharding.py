@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pathcond_jax.spec import PyTree
+from pathcond_jax._spec.types import PyTree
 
 
 def automatic(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pathcond_jax._spec.types import PyTree
+
 # The exponent of an array of zeros: below all others, and far from the end of int32.
 ZERO = -(1 << 20)
 
@@ -100,3 +102,26 @@ def _computed_once(exponents: jax.Array) -> jax.Array:
 def _format(dtype: Any) -> tuple[Any, Any]:
     info = jnp.finfo(dtype)
     return info, np.int64 if info.bits == 64 else np.int32
+
+
+class ScaledDiagonal(NamedTuple):
+    """A nonnegative parameter-shaped tree that may exceed the range of its dtype.
+
+    The values are ``mantissa · 2^exponent``.
+
+    Attributes:
+      mantissa: pytree like the parameters.
+      exponent: the same pytree with one int32 scalar per leaf.
+    """
+
+    mantissa: PyTree
+    exponent: PyTree
+
+    @property
+    def log_scale(self) -> PyTree:
+        """The natural logarithms of the factors 2^exponent, in the mantissas' dtypes."""
+        return jax.tree.map(lambda m, e: _log_of(e, m.dtype), self.mantissa, self.exponent)
+
+
+def _log_of(exponent: jax.Array, dtype: Any) -> jax.Array:
+    return exponent.astype(dtype) * np.log(2.0).astype(dtype)

@@ -1,0 +1,18 @@
+"""Questions about arrays that every analysis asks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a transformation of JAX is tracing the value, so that it is not known yet."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def compute_dtype(*dtypes: Any) -> Any:
+    """The dtype to compute on values of these dtypes in: the widest float, at least float32."""
+    # jnp.promote_types refuses mixed floats where the user has asked for strict promotion.
+    floats = [jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)

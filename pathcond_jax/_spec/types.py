@@ -1,0 +1,124 @@
+"""What a spec is made of: leaves, neuron groups and where they meet, what is pinned."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+PyTree = Any
+
+
+class SpecError(ValueError):
+    """A spec, or a parameter tree that does not fit it, cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Incidence:
+    """Where the neurons of one group meet one parameter leaf.
+
+    Attributes:
+      path: the leaf, as in ``"params/Dense_0/kernel"``.
+      axes: the axes of the leaf along which the neurons are laid out.
+      index: integer array of shape ``[leaf.shape[a] for a in axes]``: the neuron, within its
+        group, that each slice belongs to; -1 where a slice belongs to none.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    index: np.ndarray
+
+    def __post_init__(self) -> None:
+        index = np.array(self.index)
+        if not np.issubdtype(index.dtype, np.integer):
+            raise SpecError(f"{self.path}: index has dtype {index.dtype}; integers are needed")
+        index = index.astype(np.int32)
+        index.setflags(write=False)
+        object.__setattr__(self, "axes", tuple(int(a) for a in np.atleast_1d(self.axes)))
+        object.__setattr__(self, "index", index)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{','.join(map(str, self.axes))}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuronGroup:
+    """Neurons of one layer or stream; neuron k of the group has one scale λ_k > 0.
+
+    Rescaling multiplies the incoming slices by λ_k and divides the outgoing slices by it.
+
+    Attributes:
+      name: the layer that creates the neurons, for people.
+      size: the number of neurons.
+      incoming: the weights and biases that enter the neurons.
+      outgoing: the weights that leave them.
+    """
+
+    name: str
+    size: int
+    incoming: tuple[Incidence, ...]
+    outgoing: tuple[Incidence, ...]
+
+    def __post_init__(self) -> None:
+        for side in ("incoming", "outgoing"):
+            given = getattr(self, side)
+            if not isinstance(given, (tuple, list)) or not all(
+                isinstance(incidence, Incidence) for incidence in given
+            ):
+                raise SpecError(
+                    f"group {self.name!r}: {side} is a sequence of Incidence, not {given!r}"
+                )
+            object.__setattr__(self, side, tuple(given))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the parameter tree.
+
+    Attributes:
+      path: its place in the tree, keys joined by ``/``.
+      shape: its shape.
+      dtype: its dtype.
+      trainable: whether it is trained; only trainable entries count in ``p``.
+      state: whether it is rescaled with the trainable leaves although it is not trained.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    trainable: bool
+    state: bool = False
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """An axis of a trainable leaf that may not be rescaled, and why.
+
+    Attributes:
+      path: the leaf.
+      axis: the axis, or None for the whole leaf.
+      operation: the operation that forbids it, such as ``"tanh"``.
+      source: the user's line that runs the operation, ``"file.py:12 (function)"``, or "".
+      reason: one sentence.
+    """
+
+    path: str
+    axis: int | None
+    operation: str
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        axis = "" if self.axis is None else f" axis {self.axis}"
+        where = f" at {self.source}" if self.source else ""
+        return f"{self.path}{axis}: {self.reason}{where}"
+
+
+def _some(names: Any, limit: int = 6) -> str:
+    names = list(names)
+    shown = ", ".join(repr(n) for n in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
