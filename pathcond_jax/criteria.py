@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pathcond_jax import roles
+from pathcond_jax._program import roles
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec

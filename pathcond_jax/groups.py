@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.trees import layer_path
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned
 from pathcond_jax.equations import Equations, LabelBlock, Solved, null_space
-from pathcond_jax.graph import Graph
 from pathcond_jax.scales import Analysis, Scale, connected
 from pathcond_jax.symmetry_rules import RULES, pin
 

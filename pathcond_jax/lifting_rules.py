@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pathcond_jax._program.graph import Node
+from pathcond_jax._program.primitives import primitive
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import Scaled
-from pathcond_jax.graph import Node, primitive
 from pathcond_jax.path_program import SAME, Lifting, Rule, add_all
 from pathcond_jax.path_values import (
     Call,

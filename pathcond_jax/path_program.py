@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.extended_range import Scaled
-from pathcond_jax.graph import Graph, Node
 from pathcond_jax.path_values import (
     Call,
     Coefficient,

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program.graph import Node
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import Scaled
-from pathcond_jax.graph import Node
 
 
 class NotPathLiftableError(ValueError):

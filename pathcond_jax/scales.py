@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax.equations import WILD, Equations, Term, cancel
-from pathcond_jax.graph import Graph, Node
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
 MAX_JOINT = 1 << 20

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program.graph import Graph, trace
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves, layer_path
 from pathcond_jax._spec.types import Leaf, NeuronGroup, PyTree, SpecError
-from pathcond_jax.graph import Graph, trace
 from pathcond_jax.groups import infer
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax import moves
+from pathcond_jax._program.primitives import primitive
 from pathcond_jax.equations import Term
-from pathcond_jax.graph import primitive
 from pathcond_jax.scales import Rule, Scale, Scope, Terms, expand, has_wild, mapped, powered, varies
 
 # Scans whose steps have scales of their own are unrolled up to this many operations.

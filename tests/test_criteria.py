@@ -11,7 +11,8 @@ from zoo import NETWORKS as ZOO
 from zoo.network import lenient
 
 import pathcond_jax as pathcond
-from pathcond_jax import criteria, roles
+from pathcond_jax import criteria
+from pathcond_jax._program import roles
 
 CHAIN = ["Dense_0", "Dense_1", "Dense_2", "Dense_3"]
 

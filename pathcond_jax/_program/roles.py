@@ -2,8 +2,8 @@
 
 import functools
 
+from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax.graph import Graph
 
 _MOVES = frozenset(
     (
