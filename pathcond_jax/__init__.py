@@ -4,6 +4,7 @@ from pathcond_jax import criteria
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, SpecError
+from pathcond_jax._symmetry.trace import chain_spec, trace_spec
 from pathcond_jax.condensation import condensation_directions, condensed_groups, neuron_orientations
 from pathcond_jax.conservation import conserved_quantities, num_conservation_laws, rescale_to
 from pathcond_jax.constructions import TWO_LAYER_MODES, triangle_mlp, two_layer_init
@@ -29,7 +30,6 @@ from pathcond_jax.lifting import (
 from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.rescaling import check_spec, condition, rescale, round_to_powers_of_two
 from pathcond_jax.solvers import Solution, Status, solve
-from pathcond_jax.symmetry import chain_spec, trace_spec
 from pathcond_jax.transforms import recondition, reconditioned, scale_by_path
 
 __all__ = [

@@ -12,10 +12,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax import moves
 from pathcond_jax._program.primitives import primitive
-from pathcond_jax.equations import Term
-from pathcond_jax.scales import Rule, Scale, Scope, Terms, expand, has_wild, mapped, powered, varies
+from pathcond_jax._symmetry import structural_rules
+from pathcond_jax._symmetry.equations import Term
+from pathcond_jax._symmetry.values import (
+    Rule,
+    Scale,
+    Scope,
+    Terms,
+    expand,
+    has_wild,
+    mapped,
+    powered,
+    varies,
+)
 
 # Scans whose steps have scales of their own are unrolled up to this many operations.
 _MAX_UNROLLED = 20_000
@@ -193,7 +203,7 @@ def _conv(scope: Scope, image: Scale, kernel: Scale) -> list[Terms]:
 
     def merged(labels: np.ndarray) -> np.ndarray:
         old = (1, groups, scope.out_shape()[out[1]] // groups)
-        features = moves.reshape_labels(
+        features = structural_rules.reshape_labels(
             labels, (labels.shape[0], *old[1:]), (labels.shape[0], old[1] * old[2])
         )
         return features.reshape(*features.shape, *(1,) * space).transpose(np.argsort(out))
@@ -234,7 +244,7 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     if unrolled:
         order = outputs[::-1] if scope.params["reverse"] else outputs
         ys = [
-            moves.stack(scope, each, n)
+            structural_rules.stack(scope, each, n)
             for each, n in zip(zip(*order, strict=True), ndims[num_carry:], strict=True)
         ]
         return [*(x.terms for x in carry), *ys]
@@ -294,19 +304,22 @@ _RULES_BY_NAME: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_along_axis("dimension"), ("sort",)),
     (_top_k, ("top_k",)),
     (_window, ("reduce_window_sum", "reduce_window_max", "reduce_window_min")),
-    (moves.structural(moves.reshape), ("reshape",)),
-    (moves.structural(moves.broadcast_in_dim), ("broadcast_in_dim",)),
-    (moves.slice_, ("slice",)),
-    (moves.structural(moves.squeeze), ("squeeze",)),
-    (moves.structural(moves.transpose), ("transpose",)),
-    (moves.structural(moves.rev), ("rev",)),
-    (moves.pad, ("pad",)),
-    (moves.concatenate, ("concatenate",)),
-    (moves.split, ("split",)),
-    (moves.dynamic_slice, ("dynamic_slice",)),
-    (moves.dynamic_update_slice, ("dynamic_update_slice",)),
-    (moves.gather, ("gather",)),
-    (moves.scatter, ("scatter", "scatter_add", "scatter_sub", "scatter_max", "scatter_min")),
+    (structural_rules.structural(structural_rules.reshape), ("reshape",)),
+    (structural_rules.structural(structural_rules.broadcast_in_dim), ("broadcast_in_dim",)),
+    (structural_rules.slice_, ("slice",)),
+    (structural_rules.structural(structural_rules.squeeze), ("squeeze",)),
+    (structural_rules.structural(structural_rules.transpose), ("transpose",)),
+    (structural_rules.structural(structural_rules.rev), ("rev",)),
+    (structural_rules.pad, ("pad",)),
+    (structural_rules.concatenate, ("concatenate",)),
+    (structural_rules.split, ("split",)),
+    (structural_rules.dynamic_slice, ("dynamic_slice",)),
+    (structural_rules.dynamic_update_slice, ("dynamic_update_slice",)),
+    (structural_rules.gather, ("gather",)),
+    (
+        structural_rules.scatter,
+        ("scatter", "scatter_add", "scatter_sub", "scatter_max", "scatter_min"),
+    ),
     (_fourier, ("fft",)),
     (_dot_general, ("dot_general",)),
     (_conv, ("conv_general_dilated",)),

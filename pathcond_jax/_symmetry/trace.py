@@ -16,7 +16,7 @@ from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves, layer_path
 from pathcond_jax._spec.types import Leaf, NeuronGroup, PyTree, SpecError
-from pathcond_jax.groups import infer
+from pathcond_jax._symmetry.infer import infer
 
 
 def trace_spec(

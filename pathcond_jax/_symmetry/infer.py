@@ -11,9 +11,9 @@ from scipy import sparse
 from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.trees import layer_path
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned
-from pathcond_jax.equations import Equations, LabelBlock, Solved, null_space
-from pathcond_jax.scales import Analysis, Scale, connected
-from pathcond_jax.symmetry_rules import RULES, pin
+from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, null_space
+from pathcond_jax._symmetry.rules import RULES, pin
+from pathcond_jax._symmetry.values import Analysis, Scale, connected
 
 _MAX_PASSES = 8
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._program.graph import Graph, Node
-from pathcond_jax.equations import WILD, Equations, Term, cancel
+from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
 MAX_JOINT = 1 << 20

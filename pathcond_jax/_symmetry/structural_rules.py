@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax.equations import WILD, Term
-from pathcond_jax.scales import (
+from pathcond_jax._symmetry.equations import WILD, Term
+from pathcond_jax._symmetry.values import (
     MAX_JOINT,
     Rule,
     Scale,
