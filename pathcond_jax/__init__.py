@@ -1,6 +1,15 @@
 """Path-conditioned training for JAX: rescaling symmetries, found, lifted, solved and applied."""
 
 from pathcond_jax import criteria
+from pathcond_jax._lifting.gram import (
+    conditioning_score,
+    gram_diagonal,
+    gram_matrix,
+    lifted,
+    path_norm,
+    scaled_gram_diagonal,
+)
+from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, SpecError
@@ -19,15 +28,6 @@ from pathcond_jax.finetuning import (
 )
 from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax.initializers import conditioned_init, conditioned_nnx
-from pathcond_jax.lifting import (
-    conditioning_score,
-    gram_diagonal,
-    gram_matrix,
-    lifted,
-    path_norm,
-    scaled_gram_diagonal,
-)
-from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.rescaling import check_spec, condition, rescale, round_to_powers_of_two
 from pathcond_jax.solvers import Solution, Status, solve
 from pathcond_jax.transforms import recondition, reconditioned, scale_by_path

@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._program import roles
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.extended_range import ScaledDiagonal
@@ -51,7 +52,6 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.criterion import Balance, Criterion, RangeBalance
-from pathcond_jax.lifting import scaled_gram_diagonal
 from pathcond_jax.reduction import LogSum, Objective, Smooth, layout, path_objective, reduce_masses
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._lifting.gram import conditioning_score
+from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -14,8 +16,6 @@ from pathcond_jax._spec.types import PyTree
 from pathcond_jax.conservation import conserved_quantities
 from pathcond_jax.criteria import CRITERIA
 from pathcond_jax.criterion import Criterion
-from pathcond_jax.lifting import conditioning_score
-from pathcond_jax.path_values import NotPathLiftableError
 from pathcond_jax.rescaling import condition
 from pathcond_jax.solvers import Status
 

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pathcond_jax._lifting.gram import conditioning_score, scaled_gram_diagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree
-from pathcond_jax.lifting import conditioning_score, scaled_gram_diagonal
 from pathcond_jax.rescaling import condition
 from pathcond_jax.solvers import Solution
 

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jax import lax
 
+from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.lifting import scaled_gram_diagonal
 from pathcond_jax.reconditioning import (
     ReconditionState,
     Rule,

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._lifting.interpreter import Lifting
+from pathcond_jax._lifting.values import Call, Coefficient, Gate, Kind, Record, Signal, Value
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.types import SpecError
-from pathcond_jax.path_program import Lifting
-from pathcond_jax.path_values import Call, Coefficient, Gate, Kind, Record, Signal, Value
 
 _MAX_PATHS = 100_000
 _MAX_TABLE = 1 << 26

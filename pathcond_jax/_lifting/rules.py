@@ -10,12 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._program.graph import Node
-from pathcond_jax._program.primitives import primitive
-from pathcond_jax._spec.arrays import is_traced
-from pathcond_jax._spec.extended_range import Scaled
-from pathcond_jax.path_program import SAME, Lifting, Rule, add_all
-from pathcond_jax.path_values import (
+from pathcond_jax._lifting.interpreter import SAME, Lifting, Rule, add_all
+from pathcond_jax._lifting.values import (
     Call,
     Coefficient,
     Gate,
@@ -32,6 +28,10 @@ from pathcond_jax.path_values import (
     signals_of,
     unliftable,
 )
+from pathcond_jax._program.graph import Node
+from pathcond_jax._program.primitives import primitive
+from pathcond_jax._spec.arrays import is_traced
+from pathcond_jax._spec.extended_range import Scaled
 
 # Functions linear in their arrays; calls of them with equal options compile once.
 

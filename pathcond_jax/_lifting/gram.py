@@ -25,16 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._lifting.interpreter import Lifting
+from pathcond_jax._lifting.paths import list_paths
+from pathcond_jax._lifting.rules import RULES
+from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, _log_of
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.lifting_rules import RULES
-from pathcond_jax.path_listing import list_paths
-from pathcond_jax.path_program import Lifting
-from pathcond_jax.path_values import NotPathLiftableError
 
 # Second derivatives by this many entries are computed at once.
 _CHUNK = 64

@@ -15,10 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._program.graph import Graph, Node
-from pathcond_jax._spec import extended_range
-from pathcond_jax._spec.extended_range import Scaled
-from pathcond_jax.path_values import (
+from pathcond_jax._lifting.values import (
     Call,
     Coefficient,
     Gate,
@@ -39,6 +36,9 @@ from pathcond_jax.path_values import (
     signals_of,
     unliftable,
 )
+from pathcond_jax._program.graph import Graph, Node
+from pathcond_jax._spec import extended_range
+from pathcond_jax._spec.extended_range import Scaled
 
 # What a rule sees: the run, the operation and its inputs; it returns the operation's outputs.
 Rule = Callable[["Lifting", Node, list[Value]], list[Value]]
