@@ -10,6 +10,8 @@ from pathcond_jax._lifting.gram import (
     scaled_gram_diagonal,
 )
 from pathcond_jax._lifting.values import NotPathLiftableError
+from pathcond_jax._solve.solution import Solution, Status
+from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, SpecError
@@ -29,7 +31,6 @@ from pathcond_jax.finetuning import (
 from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax.initializers import conditioned_init, conditioned_nnx
 from pathcond_jax.rescaling import check_spec, condition, rescale, round_to_powers_of_two
-from pathcond_jax.solvers import Solution, Status, solve
 from pathcond_jax.transforms import recondition, reconditioned, scale_by_path
 
 __all__ = [

@@ -20,16 +20,17 @@ import numpy as np
 import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
-from pathcond_jax import blocks
+from pathcond_jax._solve import stacks
+from pathcond_jax._solve.objective import LogSum, Objective, Smooth, reduce_masses
+from pathcond_jax._solve.solution import Solution
+from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.sharding import segment_sum
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 from pathcond_jax.criteria import norm
-from pathcond_jax.reduction import LogSum, Objective, Smooth, reduce_masses
 from pathcond_jax.rescaling import rescale
-from pathcond_jax.solvers import Solution, solve
 
 _MOST_ROUNDS = 10
 
@@ -190,11 +191,11 @@ def _tilted_energy(spec: ArchSpec) -> Callable[..., jax.Array]:
         scale: jax.Array,
         log_scales: tuple[jax.Array, ...],
     ) -> jax.Array:
-        table, z = blocks.table(spec), jnp.concatenate(log_scales)
-        parts = blocks.stacked(LogSum(1.0, -2.0, *masses), table, z.dtype)
-        stacked = blocks.equilibrate(parts, jnp.array(True))
-        exponents = stacked.logs - 2 * blocks.spread(table, z)
-        shares = blocks.normalized(stacked, table, exponents, jnp.log(scale).astype(z.dtype))
+        table, z = stacks.table(spec), jnp.concatenate(log_scales)
+        parts = stacks.stacked(LogSum(1.0, -2.0, *masses), table, z.dtype)
+        stacked = stacks.equilibrate(parts, jnp.array(True))
+        exponents = stacked.logs - 2 * stacks.spread(table, z)
+        shares = stacks.normalized(stacked, table, exponents, jnp.log(scale).astype(z.dtype))
         return 0.5 * functools.reduce(jnp.add, [share.sum() for share in shares])
 
     return energy

@@ -46,13 +46,14 @@ import optax
 
 from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._program import roles
+from pathcond_jax._solve.layout import layout
+from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.criterion import Balance, Criterion, RangeBalance
-from pathcond_jax.reduction import LogSum, Objective, Smooth, layout, path_objective, reduce_masses
 
 
 def path() -> Criterion:

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pathcond_jax import ranges
 from pathcond_jax._program import roles
+from pathcond_jax._solve import equal_ranges
+from pathcond_jax._solve.difference import solve_difference
+from pathcond_jax._solve.objective import MAX, LogSum, Objective, reduce_masses
+from pathcond_jax._solve.solution import Solution
+from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.ascent import solve_difference
-from pathcond_jax.reduction import MAX, LogSum, Objective, reduce_masses
-from pathcond_jax.solvers import Solution, solve
 
 
 class Criterion(abc.ABC):
@@ -120,7 +121,7 @@ class RangeBalance(Criterion):
         masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in masses)
         term = LogSum(1.0, -1.0, masses, logs)
         given = None if self.incoming is None else self.incoming(spec)
-        return ranges.balance_ranges(term, spec, given, self.alpha, **options)
+        return equal_ranges.balance_ranges(term, spec, given, self.alpha, **options)
 
 
 def _added(one: Objective, two: Objective) -> Objective:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pathcond_jax._lifting.gram import conditioning_score
 from pathcond_jax._lifting.values import NotPathLiftableError
+from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -17,7 +18,6 @@ from pathcond_jax.conservation import conserved_quantities
 from pathcond_jax.criteria import CRITERIA
 from pathcond_jax.criterion import Criterion
 from pathcond_jax.rescaling import condition
-from pathcond_jax.solvers import Status
 
 _FIRST_CELLS = 1024
 _MOST_HALVINGS = 30

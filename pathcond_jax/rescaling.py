@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pathcond_jax._solve.solution import Solution, Status
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.extended_range import power_of_two
 from pathcond_jax._spec.sharding import automatic
@@ -17,7 +18,6 @@ from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 from pathcond_jax.criteria import as_criterion
 from pathcond_jax.criterion import Criterion
-from pathcond_jax.solvers import Solution, Status
 
 LogScales = tuple[jax.Array, ...]
 

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from pathcond_jax._lifting.gram import scaled_gram_diagonal
+from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -24,7 +25,6 @@ from pathcond_jax.reconditioning import (
     missing_params,
     widest_dtype,
 )
-from pathcond_jax.solvers import Status
 from pathcond_jax.transport import Buffers, find_buffers, parameter_shapes, probing, transport
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from pathcond_jax import blocks
+from pathcond_jax._solve import stacks
+from pathcond_jax._solve.block import colors
+from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
+from pathcond_jax._solve.solution import Solution, Status
+from pathcond_jax._solve.solve import default_limit, solve
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves
 from pathcond_jax._spec.types import Incidence, NeuronGroup, SpecError
-from pathcond_jax.reduction import LogSum, Objective, Smooth, path_objective, reduce_masses
-from pathcond_jax.solvers import Solution, Status, default_limit, solve
-from pathcond_jax.sweeps import colors
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NETWORKS = ("mlp_2-8-8-2", "mlp_2-32-32-32-2", "conv_plain_8-16-20")
@@ -616,21 +617,21 @@ def test_colors():
 def test_blocks_sum_what_the_definition_sums(few):
     gram, spec = few
     b, z = incidences(spec), np.random.default_rng(1).normal(size=spec.num_neurons)
-    table = blocks.table(spec)
-    parts = blocks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)
-    assert blocks.are_masses(parts)
-    masses = blocks.equilibrate(parts, jnp.array(True))
-    exponents = masses.logs + 2 * blocks.spread(table, jnp.asarray(z))
+    table = stacks.table(spec)
+    parts = stacks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)
+    assert stacks.are_masses(parts)
+    masses = stacks.equilibrate(parts, jnp.array(True))
+    exponents = masses.logs + 2 * stacks.spread(table, jnp.asarray(z))
     mass = flat(spec, gram) * np.exp(2 * b @ z)
-    total = blocks.log_total(masses, table, exponents)
+    total = stacks.log_total(masses, table, exponents)
     np.testing.assert_allclose(np.exp(total), mass.sum())
-    out, into = blocks.collect(table, jnp.exp(blocks.log_sums(masses, table, exponents)))
+    out, into = stacks.collect(table, jnp.exp(stacks.log_sums(masses, table, exponents)))
     np.testing.assert_allclose(out - into, mass @ b, rtol=1e-9, atol=1e-9)
-    weights = blocks.normalized(masses, table, exponents, total)
+    weights = stacks.normalized(masses, table, exponents, total)
     np.testing.assert_allclose(sum(w.sum() for w in weights), 1)
-    image = blocks.products(weights, table, blocks.spread(table, jnp.asarray(z)))
-    sums = blocks.products(weights, table, jnp.ones_like(image))
-    out, into = blocks.collect(table, image + sums * blocks.spread(table, jnp.asarray(z)))
+    image = stacks.products(weights, table, stacks.spread(table, jnp.asarray(z)))
+    sums = stacks.products(weights, table, jnp.ones_like(image))
+    out, into = stacks.collect(table, image + sums * stacks.spread(table, jnp.asarray(z)))
     np.testing.assert_allclose(out - into, b.T @ (mass / mass.sum() * (b @ z)), atol=1e-9)
 
 
@@ -642,18 +643,18 @@ def test_what_neurons_of_many_and_of_few_arrays_meet():
     few = [(h, 2, [(h, 1, n2)], [(e, 0, n2)]) for h, e in zip(heads, ends, strict=True)]
     many = ("many", 4, [("stem", 1, n4)], [(head, 0, n4) for head in heads])
     spec = spec_of(gram, many, *few)
-    table = blocks.table(spec)
+    table = stacks.table(spec)
     assert [rows.shape for rows in table.places] == [(4 + 2 * 2 * count, 1), (4, count)]
     values = rng.random(table.slots.shape[1]).astype(np.float32)
     sums, largest = np.zeros((2, 2 * table.size + 1))
     for slots in table.slots:
         np.add.at(sums, slots, values)
         np.maximum.at(largest, slots, values)
-    found = blocks.collect(table, values)
+    found = stacks.collect(table, values)
     np.testing.assert_allclose(np.concatenate(found), sums[:-1], rtol=1e-6)
-    found = blocks.over_neurons(table, values, -np.inf, lambda met: met.max(1))
+    found = stacks.over_neurons(table, values, -np.inf, lambda met: met.max(1))
     np.testing.assert_array_equal(np.concatenate(found), largest[:-1].astype(np.float32))
-    found = blocks.collect_log(table, np.log(values))
+    found = stacks.collect_log(table, np.log(values))
     np.testing.assert_allclose(np.concatenate(found), np.log(sums[:-1]), rtol=1e-5, atol=1e-6)
 
 

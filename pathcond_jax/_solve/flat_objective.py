@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pathcond_jax import blocks
+from pathcond_jax._solve import stacks
+from pathcond_jax._solve.objective import Objective, Smooth
+from pathcond_jax._solve.stacks import Masses, Table
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax.blocks import Masses, Table
-from pathcond_jax.reduction import Objective, Smooth
 
 
 class Problem(NamedTuple):
@@ -96,18 +96,18 @@ class Sums(NamedTuple):
 
 def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Problem:
     """Stacks, checks and equilibrates the convex part of an objective."""
-    table, terms = blocks.table(spec), objective.terms
+    table, terms = stacks.table(spec), objective.terms
     dtypes = [mass.dtype for term in terms for mass in term.masses]
     dtype = compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
     linear = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in objective.linear])
-    parts = [blocks.stacked(term, table, dtype) for term in terms]
+    parts = [stacks.stacked(term, table, dtype) for term in terms]
     finite = jnp.isfinite(linear).all()
     for part in parts:
-        finite &= blocks.are_masses(part)
+        finite &= stacks.are_masses(part)
     origin = jnp.zeros_like(linear)
     for function in objective.smooth:
         finite &= jnp.isfinite(smooth_value(function, table, origin))
-    masses = tuple(blocks.equilibrate(part, finite) for part in parts)
+    masses = tuple(stacks.equilibrate(part, finite) for part in parts)
     weights, exponents, extra = (
         jnp.asarray([jnp.asarray(number).astype(dtype) for number in numbers], dtype)
         for numbers in (
@@ -148,10 +148,10 @@ def smooth_part(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
 def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
     """The sums of one term at z, from matrix-vector products with the equilibrated masses."""
     masses = problem.masses[term]
-    exponents = masses.logs + problem.exponents[term] * blocks.spread(table, z)
-    logs = blocks.log_sums(masses, table, exponents)
-    total = blocks.logsumexp(jnp.where(table.is_row, logs, -jnp.inf))
-    return Sums(total, *blocks.collect_log(table, logs - total), logs - total)
+    exponents = masses.logs + problem.exponents[term] * stacks.spread(table, z)
+    logs = stacks.log_sums(masses, table, exponents)
+    total = stacks.logsumexp(jnp.where(table.is_row, logs, -jnp.inf))
+    return Sums(total, *stacks.collect_log(table, logs - total), logs - total)
 
 
 def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -179,7 +179,7 @@ def _alive(
     rising, falling = jnp.zeros_like(linear), jnp.zeros_like(linear)
     for slope, term in zip(slopes, masses, strict=True):
         present = (term.logs > -jnp.inf).astype(linear.dtype)
-        out, into = (jnp.minimum(side, 1) for side in blocks.collect(table, present))
+        out, into = (jnp.minimum(side, 1) for side in stacks.collect(table, present))
         up, down = jnp.where(slope > 0, out, into), jnp.where(slope > 0, into, out)
         rising, falling = rising + jnp.abs(slope) * up, falling + jnp.abs(slope) * down
     return (rising > jnp.maximum(linear, 0)) & (falling > jnp.maximum(-linear, 0))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax import blocks, problem
+from pathcond_jax._solve import flat_objective, stacks
+from pathcond_jax._solve.objective import Objective
+from pathcond_jax._solve.solution import Solution, Status
+from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.types import SpecError
-from pathcond_jax.reduction import Objective
-from pathcond_jax.solvers import Solution, Status, solve
 
 _MOST_ROUNDS = 50
 
@@ -63,17 +64,19 @@ def _descend(
     limit: float,
     options: tuple[tuple[str, Any], ...],
 ) -> Solution:
-    table = blocks.table(spec)
+    table = stacks.table(spec)
     zeros = tuple(np.zeros(group.size) for group in spec.groups)
     convex = objective._replace(concave=())
-    falling = problem.make(convex, spec, limit)
-    rising = problem.make(Objective(objective.concave, zeros), spec, limit)
+    falling = flat_objective.make(convex, spec, limit)
+    rising = flat_objective.make(Objective(objective.concave, zeros), spec, limit)
     dtype = rising.linear.dtype
     curved = bool(convex.terms or convex.smooth)
 
     def lowest(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The minimum with the tangent at z, its slope's norm and whether input was finite."""
-        slope = falling.linear.astype(dtype) + problem.value_and_gradient(rising, table, z)[1]
+        slope = (
+            falling.linear.astype(dtype) + flat_objective.value_and_gradient(rising, table, z)[1]
+        )
         if not curved:
             vertex = limit * jnp.sign(slope)
             return vertex, jnp.zeros((), dtype), rising.finite & falling.finite
@@ -104,7 +107,9 @@ def _descend(
     status = jnp.where(moved <= tol * limit, status, Status.STEP_LIMIT)
     status = jnp.where(finite, status, Status.NON_FINITE)
     known = jnp.where(finite, 0, jnp.nan).astype(dtype)
-    lower, upper = (problem.value_and_gradient(part, table, z)[0] for part in (rising, falling))
+    lower, upper = (
+        flat_objective.value_and_gradient(part, table, z)[0] for part in (rising, falling)
+    )
     value = upper.astype(dtype) - lower
     return Solution(
         log_scales=tuple(jnp.split(z, table.starts[1:-1])),

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pathcond_jax import blocks
+from pathcond_jax._solve import stacks
+from pathcond_jax._solve.block import colors
+from pathcond_jax._solve.objective import LogSum
+from pathcond_jax._solve.solution import Solution, Status
+from pathcond_jax._solve.stacks import Masses, Table
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.types import SpecError
-from pathcond_jax.blocks import Masses, Table
-from pathcond_jax.reduction import LogSum
-from pathcond_jax.solvers import Solution, Status
-from pathcond_jax.sweeps import colors
 
 _TOLERANCE = {32: 1e-5, 64: 1e-10}
 
@@ -68,14 +68,14 @@ def _balance(
     *,
     spec: ArchSpec,
 ) -> Solution:
-    table = blocks.table(spec)
+    table = stacks.table(spec)
     dtype = compute_dtype(*(mass.dtype for mass in term.masses))
-    parts = blocks.stacked(term, table, dtype)
-    finite = blocks.are_masses(parts)
+    parts = stacks.stacked(term, table, dtype)
+    finite = stacks.are_masses(parts)
     if given is not None:
         given = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in given])
         finite &= (given < jnp.inf).all()
-    masses = blocks.equilibrate(parts, finite)
+    masses = stacks.equilibrate(parts, finite)
     alpha = jnp.asarray(alpha, dtype)
     tol = jnp.asarray(_TOLERANCE[jnp.finfo(dtype).bits] if tol is None else tol).astype(dtype)
     limit = jnp.asarray(jnp.inf if limit is None else limit).astype(dtype)
@@ -122,10 +122,10 @@ def _balance(
 
 def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logarithms of the largest outgoing and of the largest incoming weight: (H,) each."""
-    exponents = masses.logs - blocks.spread(table, z)
+    exponents = masses.logs - stacks.spread(table, z)
     maxima = []
-    for values, (x, y) in zip(masses.values, blocks.split(table, exponents), strict=True):
+    for values, (x, y) in zip(masses.values, stacks.split(table, exponents), strict=True):
         logs = jnp.log(values)
         rows = (logs + y[:, None, :]).max(2) + x
         maxima.append((rows, (logs + x[:, :, None]).max(1) + y))
-    return blocks.over_neurons(table, blocks.join(maxima), -jnp.inf, lambda met: met.max(1))
+    return stacks.over_neurons(table, stacks.join(maxima), -jnp.inf, lambda met: met.max(1))

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax import blocks, problem
+from pathcond_jax._solve import flat_objective, stacks
+from pathcond_jax._solve.flat_objective import Problem, Run
+from pathcond_jax._solve.one_neuron import Neurons, log_x, neurons_at
+from pathcond_jax._solve.stacks import Masses, Table
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax.blocks import Masses, Table
-from pathcond_jax.problem import Problem, Run
-from pathcond_jax.sweeps import Neurons, log_x, neurons_at
 
 Integers = np.ndarray | jax.Array
 
@@ -126,12 +126,12 @@ def coordinate(
 
     Stops when Σ|Δ(2z)| over a sweep is below ``tol``, as the authors do.
     """
-    table, sweep = blocks.table(spec), plan(spec)
+    table, sweep = stacks.table(spec), plan(spec)
     views = _stacks(task.masses[0], table)
-    sums = problem.log_sums(task, table, 0, z)
+    sums = flat_objective.log_sums(task, table, 0, z)
     rows = sums.positions[np.flatnonzero(table.is_row)] + sums.total
     owners = [np.full(p.shape[0] * p.shape[1], k) for k, p in enumerate(table.pieces)]
-    totals = blocks.segment_logsumexp(rows, np.concatenate(owners), len(owners))
+    totals = stacks.segment_logsumexp(rows, np.concatenate(owners), len(owners))
     branches = [functools.partial(_visit, task, views, kind) for kind in sweep.kinds]
 
     def visit(carry: tuple, which: tuple) -> tuple:
@@ -148,13 +148,13 @@ def coordinate(
 
     start = (z, totals, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     z, _, moved, step = lax.while_loop(unfinished, body, start)
-    return Run(z, step, step + 2, moved < tol, *problem.measured(task, table, z))
+    return Run(z, step, step + 2, moved < tol, *flat_objective.measured(task, table, z))
 
 
 @functools.lru_cache(maxsize=64)
 def plan(spec: ArchSpec) -> Plan:
     """Where each group meets the pieces, groups of one kind together."""
-    table = blocks.table(spec)
+    table = stacks.table(spec)
     met = _encounters(table)
     parts = [(tuple(p for p, _ in apart), tuple(p for p, _ in joined)) for apart, joined in met]
     visits = [
@@ -187,7 +187,7 @@ def _encounters(table: Table) -> list[tuple[Found, Found]]:
             rows, cols = (slots.reshape(len(slots), -1) for slots in (piece.rows, piece.cols))
             for side, (own, other) in enumerate(((rows, cols), (cols, rows))):
                 for slot in own:
-                    for group in blocks.groups_of(slot, table):
+                    for group in stacks.groups_of(slot, table):
                         start, stop = table.starts[group : group + 2]
                         segments = _segments(slot, start, stop, table.size)
                         slices = _slices(segments, stop - start)
@@ -222,7 +222,7 @@ def _slices(segments: np.ndarray, size: int) -> np.ndarray:
 
 
 def _stacks(masses: Masses, table: Table) -> tuple[View, ...]:
-    sides = blocks.split(table, masses.logs)
+    sides = stacks.split(table, masses.logs)
     return tuple(View(values, logs) for values, logs in zip(masses.values, sides, strict=True))
 
 
@@ -254,10 +254,10 @@ def _visit(
         tuple((part, met, _view(views, part, met)) for part, met in zip(static, found, strict=True))
         for static, found in ((kind.parts, visit.parts), (kind.joined, visit.joined))
     )
-    total = blocks.logsumexp(totals)
+    total = stacks.logsumexp(totals)
     logs = _part_logs(parts, s, z) - total
     segments = jnp.concatenate([jnp.zeros((0,), jnp.int32), *(met.segments for met in visit.parts)])
-    sums = blocks.segment_logsumexp(logs, segments, 2 * size + 1)
+    sums = stacks.segment_logsumexp(logs, segments, 2 * size + 1)
     neurons = neurons_at(task, sums[:size], sums[size:-1], z, visit.start)
     touched = jnp.asarray([met.piece for met in visit.parts], jnp.int32)
     if joined:
@@ -269,16 +269,16 @@ def _visit(
         here = task.clip(here + _in_turn(neurons, rest) / s)
         moved = lax.dynamic_update_slice_in_dim(z, here, visit.start, 0)
     step = lax.dynamic_slice_in_dim(moved - z, visit.start, size)
-    shift = s * blocks.signed(step)
+    shift = s * stacks.signed(step)
     lengths = [met.segments.size for met in visit.parts]
     owners = np.repeat(np.arange(len(lengths)), lengths)
-    after = blocks.segment_logsumexp(logs + shift[segments], owners, len(lengths)) + total
+    after = stacks.segment_logsumexp(logs + shift[segments], owners, len(lengths)) + total
     totals = totals.at[touched].set(after)
     for part, met, view in joined:
         rows = (part._replace(side=0), met, view)
         if part.side:
             rows = (rows[0], met._replace(own=met.other, other=met.own), view)
-        totals = totals.at[met.piece].set(blocks.logsumexp(_part_logs((rows,), s, moved)))
+        totals = totals.at[met.piece].set(stacks.logsumexp(_part_logs((rows,), s, moved)))
     return moved, totals
 
 
@@ -340,12 +340,12 @@ def _one_by_one(
 
     def move(k: jax.Array, state: tuple) -> tuple:
         z, current = state
-        signed, place = blocks.signed(z), start + k.astype(jnp.uint32)
+        signed, place = stacks.signed(z), start + k.astype(jnp.uint32)
         neuron = jax.tree.map(lambda a: a[k], neurons)
         both = [jnp.stack([neuron.out, neuron.into])]
         for met in joined:
             both += list(_slice_logs(met, s, signed, met[1].slices[:, k]).T - total)
-        out, into = blocks.logsumexp(jnp.stack(both), axis=0)
+        out, into = stacks.logsumexp(jnp.stack(both), axis=0)
         neuron = neuron._replace(out=out, into=into)
         others = jnp.maximum(current - jnp.exp(out) - jnp.exp(into), 0)
         after = _total(_minimum(neuron), others)
@@ -369,7 +369,7 @@ def _slice_logs(met: Met, s: jax.Array, signed: jax.Array, slices: Integers) -> 
         )
     )
     # Zeros of the piece are −inf here.
-    logs = blocks.logsumexp(jnp.log(values) + other[batch], axis=-1)
+    logs = stacks.logsumexp(jnp.log(values) + other[batch], axis=-1)
     return jnp.where(slices >= 0, logs + own[batch, index], -jnp.inf)
 
 
@@ -378,12 +378,12 @@ def _part_logs(parts: tuple[Met, ...], s: jax.Array, z: jax.Array) -> jax.Array:
     if not parts:
         return jnp.zeros((0,), z.dtype)
     slots = [slots for _, met, _ in parts for slots in (met.own, met.other)]
-    shifts = s * blocks.signed(z)[jnp.concatenate(slots, 1)].sum(0)
+    shifts = s * stacks.signed(z)[jnp.concatenate(slots, 1)].sum(0)
     chunks = iter(jnp.split(shifts, np.cumsum([slot.shape[1] for slot in slots])[:-1]))
     own, sums = [], []
     for part, _, view in parts:
         own.append(view.logs[part.side].reshape(-1) + next(chunks))
         other = view.logs[1 - part.side]
         logs = other + next(chunks).reshape(other.shape)
-        sums.append(blocks.log_product(view.values, logs, part.side).reshape(-1))
+        sums.append(stacks.log_product(view.values, logs, part.side).reshape(-1))
     return jnp.concatenate(own) + jnp.concatenate(sums)

@@ -1,6 +1,5 @@
 """Solvers: from a Gram diagonal, or any criterion, to the log-scales that minimize it."""
 
-import enum
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,47 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax import blocks, coordinate, newton, problem
+from pathcond_jax._solve import coordinate, flat_objective, newton
+from pathcond_jax._solve.block import block
+from pathcond_jax._solve.flat_objective import Problem, Run
+from pathcond_jax._solve.objective import Objective, path_objective
+from pathcond_jax._solve.solution import Solution, Status, _solution
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.problem import Problem, Run
-from pathcond_jax.reduction import Objective, path_objective
-from pathcond_jax.sweeps import block
-
-
-class Status(enum.IntEnum):
-    """How a solve ended: ``Status(int(solution.status)).name``."""
-
-    CONVERGED = 0
-    STEP_LIMIT = 1
-    NON_FINITE = 2
-    UNBOUNDED = 3
-    CLIPPED = 4
-
-
-class Solution(NamedTuple):
-    """Log-scales and what is known about them.
-
-    Attributes:
-      log_scales: z, one ``(group.size,)`` array per group of the spec.
-      objective: F(z); NaN where the input was not finite.
-      gradient_norm: Euclidean norm of the gradient of F at z, over the neurons that may move;
-        components that push a neuron out of the box ``max_log_scale`` do not count.
-      suboptimality: an upper bound of F(z) − min F.
-      num_steps: Newton steps, or sweeps.
-      num_products: passes over the masses, each at most two matrix-vector products per block.
-      status: a :class:`Status` code, int32.
-    """
-
-    log_scales: tuple[jax.Array, ...]
-    objective: jax.Array
-    gradient_norm: jax.Array
-    suboptimality: jax.Array
-    num_steps: jax.Array
-    num_products: jax.Array
-    status: jax.Array
 
 
 class Method(NamedTuple):
@@ -145,7 +112,7 @@ def _solve(
     method: str,
 ) -> Solution:
     objective = gram if isinstance(gram, Objective) else path_objective(spec, gram)
-    task = problem.make(objective, spec, limit)
+    task = flat_objective.make(objective, spec, limit)
     dtype = task.linear.dtype
     z = jnp.zeros_like(task.linear)
     if initial is not None:
@@ -155,19 +122,3 @@ def _solve(
     tol = jnp.asarray(tols[jnp.finfo(dtype).bits]).astype(dtype)
     run = METHODS[method].run(task, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
     return _solution(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))
-
-
-def _solution(task: Problem, spec: ArchSpec, run: Run, if_clipped: jax.Array) -> Solution:
-    status = jnp.where(task.bound(run.z).any(), if_clipped, Status.CONVERGED)
-    status = jnp.where(run.converged, status, Status.STEP_LIMIT)
-    status = jnp.where(task.finite, status, Status.NON_FINITE)
-    known = jnp.where(task.finite, 0, jnp.nan).astype(run.z.dtype)
-    return Solution(
-        log_scales=tuple(jnp.split(run.z, blocks.table(spec).starts[1:-1])),
-        objective=run.value + known,
-        gradient_norm=run.gradient_norm + known,
-        suboptimality=run.suboptimality + known,
-        num_steps=run.num_steps,
-        num_products=run.num_products,
-        status=status.astype(jnp.int32),
-    )

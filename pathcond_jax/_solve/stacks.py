@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._solve.layout import Block, layout
+from pathcond_jax._solve.objective import LogSum
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax.reduction import Block, LogSum, layout
 
 # Stacks are merged while they need no more zeros than this in all. Large ones stay apart: devices
 # that divide them could not do so alike.

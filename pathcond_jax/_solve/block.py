@@ -1,10 +1,4 @@
-"""Exact minimization over some of the neurons: one after the other, or whole groups at once.
-
-Both methods treat a single term. With x = exp(s Δz_h), B the outgoing mass of neuron h, C its
-incoming mass and D the rest, ``F = w log S − b Δz_h`` where ``S = B x + C/x + D``. It is
-stationary where ``B x² + tilt S x − C = 0``, tilt = −b/(w s), which is (#in − #out)/p for the
-path criterion: the paper's Lemma 4.1. Masses are handled as logarithms relative to S.
-"""
+"""Exact minimization over whole groups at once."""
 
 import functools
 from typing import NamedTuple
@@ -14,30 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax import blocks, problem
+from pathcond_jax._solve import flat_objective, stacks
+from pathcond_jax._solve.flat_objective import Problem, Run
+from pathcond_jax._solve.one_neuron import Neurons, log_x, neurons_at
+from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax.blocks import Table
-from pathcond_jax.problem import Problem, Run
-
-
-class Neurons(NamedTuple):
-    """What the exact minimum over one neuron, or each of several, depends on but the rest D.
-
-    Attributes:
-      out: log B.
-      into: log C.
-      tilt: −b/(w s).
-      alive: whether it may move.
-      low: lower bound of log x.
-      high: upper bound of log x.
-    """
-
-    out: jax.Array
-    into: jax.Array
-    tilt: jax.Array
-    alive: jax.Array
-    low: jax.Array
-    high: jax.Array
 
 
 class Color(NamedTuple):
@@ -70,12 +45,14 @@ def block(task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol
     start = (z, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     z, moved, step = lax.while_loop(unfinished, body, start)
     products = step * len(colors(spec).mask) + 1
-    return Run(z, step, products, moved < tol, *problem.measured(task, blocks.table(spec), z))
+    return Run(
+        z, step, products, moved < tol, *flat_objective.measured(task, stacks.table(spec), z)
+    )
 
 
 def block_sweep(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     """One exact minimization over each color in turn; never increases F."""
-    table, plan = blocks.table(spec), colors(spec)
+    table, plan = stacks.table(spec), colors(spec)
     z, _ = lax.scan(lambda z, color: (_block_step(task, table, color, z), None), z, plan)
     return z
 
@@ -83,11 +60,11 @@ def block_sweep(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=64)
 def colors(spec: ArchSpec) -> Color:
     """Sets of groups without common entries; two sets where the graph of groups allows it."""
-    table, count = blocks.table(spec), len(spec.groups)
+    table, count = stacks.table(spec), len(spec.groups)
     near: list[set[int]] = [set() for _ in range(count)]
     for piece in table.pieces:
         sides = [
-            set(blocks.groups_of(slot, table))
+            set(stacks.groups_of(slot, table))
             for slots in (piece.rows, piece.cols)
             for slot in slots
         ]
@@ -120,7 +97,7 @@ def _block_step(task: Problem, table: Table, color: Color, z: jax.Array) -> jax.
     e^a ≤ (e^{2a} + 1)/2 for the others: with Δ = δ/2, S(z + Δ) ≤ (D' + Σ_h B_h e^{sδ_h} +
     C_h e^{−sδ_h})/2, D' = 2S − Σ_h (B_h + C_h), is separable and exact at δ = 0.
     """
-    sums = problem.log_sums(task, table, 0, z)
+    sums = flat_objective.log_sums(task, table, 0, z)
     moving, factor = task.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
     neurons = neurons_at(task, sums.out, sums.into, z)
     neurons = neurons._replace(
@@ -137,10 +114,10 @@ def _block_step(task: Problem, table: Table, color: Color, z: jax.Array) -> jax.
 
 def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
     """The mass of the entries that meet no moving neuron, when none meets two."""
-    met = blocks.spread_any(table, moving)
-    touched = blocks.split(table, jnp.where(met, masses, 0))
-    still = blocks.split(table, jnp.where(met, 0, masses))
-    flags = blocks.split(table, met)
+    met = stacks.spread_any(table, moving)
+    touched = stacks.split(table, jnp.where(met, masses, 0))
+    still = stacks.split(table, jnp.where(met, 0, masses))
+    flags = stacks.split(table, met)
     rest = jnp.zeros((), masses.dtype)
     for (row_still, col_still), (_, col_met), (row_flags, col_flags) in zip(
         still, touched, flags, strict=True
@@ -165,7 +142,7 @@ def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
         at = log_x(neurons, total)
         mass = jnp.logaddexp(neurons.out + at, neurons.into - at)
         mass = jnp.where(neurons.alive, mass, -jnp.inf)
-        value = blocks.logsumexp(jnp.append(mass, log_rest))
+        value = stacks.logsumexp(jnp.append(mass, log_rest))
         # d mass / d log S = (tilt S)² / mass where x is not held by the box.
         free = (mass > -jnp.inf) & (at > neurons.low) & (at < neurons.high)
         slope = jnp.where(free, jnp.exp(2 * (gain + total) - mass - value), 0).sum()
@@ -189,38 +166,3 @@ def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
     start = (jnp.zeros_like(rest), -infinity, infinity, infinity, jnp.zeros((), jnp.int32))
     total = lax.while_loop(unfinished, body, start)[0]
     return log_x(neurons, total)
-
-
-def balance(out: jax.Array, into: jax.Array, tilt: jax.Array, total: jax.Array) -> jax.Array:
-    """Log x for the positive root of ``B x² + tilt S x − C = 0`` given log B, log C, log S.
-
-    With x = sqrt(C/B) v it reads v² + 2κ v − 1 = 0, so log v = −asinh κ: nothing cancels or
-    overflows, whatever the depth of the network.
-    """
-    size = jnp.log(jnp.abs(tilt)) + total - 0.5 * (out + into) - float(np.log(2))
-    large = size + jnp.log1p(jnp.sqrt(1 + jnp.exp(-2 * jnp.maximum(size, 0))))
-    root = jnp.where(size > 0, large, jnp.arcsinh(jnp.exp(jnp.minimum(size, 0))))
-    return 0.5 * (into - out) - jnp.sign(tilt) * root
-
-
-def log_x(neurons: Neurons, total: jax.Array) -> jax.Array:
-    """Log x at the minimum, where S is exp(total); 0 for neurons that may not move."""
-    log_x = balance(neurons.out, neurons.into, neurons.tilt, total)
-    return jnp.where(neurons.alive, jnp.clip(log_x, neurons.low, neurons.high), 0)
-
-
-def neurons_at(
-    task: Problem,
-    out: jax.Array,
-    into: jax.Array,
-    z: jax.Array,
-    start: int | jax.Array | np.ndarray = 0,
-) -> Neurons:
-    """The neurons from ``start`` on, with the logarithms of their B and C."""
-    linear, alive, z = (
-        lax.dynamic_slice_in_dim(array, start, out.size) for array in (task.linear, task.alive, z)
-    )
-    tilt = -linear / (task.weights[0] * task.exponents[0])
-    ends = (task.exponents[0] * (bound - z) for bound in (-task.limit, task.limit))
-    low, high = ends
-    return Neurons(out, into, tilt, alive, jnp.minimum(low, high), jnp.maximum(low, high))

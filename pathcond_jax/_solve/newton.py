@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pathcond_jax import blocks, problem
+from pathcond_jax._solve import flat_objective, stacks
+from pathcond_jax._solve.block import block_sweep, colors
+from pathcond_jax._solve.flat_objective import Problem, Run
+from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax.blocks import Table
-from pathcond_jax.problem import Problem, Run
-from pathcond_jax.sweeps import block_sweep, colors
 
 # Conjugate gradient steps within a Newton step, and halvings of it.
 INNER_STEPS = 30
@@ -91,7 +91,7 @@ def newton(
     Converged means ``‖∇F‖ ≤ tol Σ w`` and a Newton decrement ``λ² ≤ tol² Σ w``, or one that
     rounding keeps from shrinking further. The last step is taken even so.
     """
-    table = blocks.table(spec)
+    table = stacks.table(spec)
     infinity, no = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), bool)
     start = State(
         z=_start(task, spec, z),
@@ -117,7 +117,7 @@ def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     swept = block_sweep(task, spec, z)
     if len(task.masses) == 1 and not task.smooth:
         return swept
-    value = functools.partial(problem.value_and_gradient, task, blocks.table(spec))
+    value = functools.partial(flat_objective.value_and_gradient, task, stacks.table(spec))
     return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
 
 
@@ -169,20 +169,22 @@ def _evaluate(
     task: Problem, table: Table, z: jax.Array
 ) -> tuple[Point, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Everything at z, the Jacobi preconditioner, and products with the smooth Hessian."""
-    smooth, product = jax.linearize(jax.grad(lambda z: problem.smooth_part(task, table, z)), z)
+    smooth, product = jax.linearize(
+        jax.grad(lambda z: flat_objective.smooth_part(task, table, z)), z
+    )
     gradient, diagonal = smooth - task.linear, jnp.zeros_like(z)
     if task.smooth:
         # The mean of its diagonal, from products with random signs.
         signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
         diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
-    value = problem.smooth_part(task, table, z) - jnp.dot(task.linear, z)
-    terms, shifts = [], blocks.spread(table, z)
+    value = flat_objective.smooth_part(task, table, z) - jnp.dot(task.linear, z)
+    terms, shifts = [], stacks.spread(table, z)
     for w, s, masses in zip(task.weights, task.exponents, task.masses, strict=True):
         exponents = masses.logs + s * shifts
-        total = blocks.log_total(masses, table, exponents)
-        weights = blocks.normalized(masses, table, exponents, total)
-        sums = blocks.products(weights, table, jnp.ones_like(exponents))
-        out, into = blocks.collect(table, sums)
+        total = stacks.log_total(masses, table, exponents)
+        weights = stacks.normalized(masses, table, exponents, total)
+        sums = stacks.products(weights, table, jnp.ones_like(exponents))
+        out, into = stacks.collect(table, sums)
         terms.append(Term(total, weights, sums, out - into))
         value = value + w * total
         gradient = gradient + w * s * (out - into)
@@ -195,10 +197,10 @@ def _hessian_product(
     task: Problem, table: Table, terms: tuple[Term, ...], v: jax.Array
 ) -> jax.Array:
     """``Σ_k w_k s_k² (Bᵀ diag(W) B − m mᵀ) v``, m the mean of the rows of B under W."""
-    shifts, result = blocks.spread(table, v), jnp.zeros_like(v)
+    shifts, result = stacks.spread(table, v), jnp.zeros_like(v)
     for w, s, term in zip(task.weights, task.exponents, terms, strict=True):
-        image = term.sums * shifts + blocks.products(term.weights, table, shifts)
-        out, into = blocks.collect(table, image)
+        image = term.sums * shifts + stacks.products(term.weights, table, shifts)
+        out, into = stacks.collect(table, image)
         result = result + w * s * s * (out - into - term.mean * jnp.dot(term.mean, v))
     return result
 
@@ -257,7 +259,7 @@ def _line_search(
       The new log-scales, the change of F, and how many steps were tried.
     """
     z = point.z
-    rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(problem.smooth_part(task, table, z))
+    rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(flat_objective.smooth_part(task, table, z))
 
     def tried(length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         moved = task.clip(z + jnp.clip(length * direction, -REACH, REACH))
@@ -278,8 +280,8 @@ def _line_search(
 
 def _change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Array:
     """F(z + d) − F(z), to within rounding of the difference where d is small."""
-    shifts = blocks.spread(table, d)
-    before, after = (problem.smooth_part(task, table, z) for z in (point.z, point.z + d))
+    shifts = stacks.spread(table, d)
+    before, after = (flat_objective.smooth_part(task, table, z) for z in (point.z, point.z + d))
     rest = after - before - jnp.dot(point.smooth, d)
     return rest + lax.cond(
         (jnp.abs(shifts).max() * jnp.abs(task.exponents)).max(initial=0) < 2,
@@ -290,11 +292,11 @@ def _change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Arra
 
 def _long_change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Array:
     """The change of the terms and of the linear part."""
-    shifts, change = blocks.spread(table, point.z + d), -jnp.dot(task.linear, d)
+    shifts, change = stacks.spread(table, point.z + d), -jnp.dot(task.linear, d)
     for w, s, masses, term in zip(
         task.weights, task.exponents, task.masses, point.terms, strict=True
     ):
-        total = blocks.log_total(masses, table, masses.logs + s * shifts)
+        total = stacks.log_total(masses, table, masses.logs + s * shifts)
         change = change + w * (total - term.total)
     return change
 
@@ -310,7 +312,7 @@ def _curved_change(
     """
     change = jnp.zeros((), d.dtype)
     for w, s, term in zip(task.weights, task.exponents, point.terms, strict=True):
-        both = blocks.quadratic(term.weights, table, jnp.expm1(s * shifts))
+        both = stacks.quadratic(term.weights, table, jnp.expm1(s * shifts))
         second = both + jnp.dot(term.sums, _expm1_rest(s * shifts))
         change = change + w * (second - _log1p_rest(s * jnp.dot(term.mean, d) + second))
     return change
@@ -354,10 +356,10 @@ def _certificate(
     t ≤ 1 such that q ≥ 0: then Σ w KL ≤ t² ⟨d, H d⟩ and, without smooth functions,
     ``ρ = ∇F + t H d``: nothing but the residual of the conjugate gradients once t is 1.
     """
-    lowest, shifts = jnp.zeros((), direction.dtype), blocks.spread(table, direction)
+    lowest, shifts = jnp.zeros((), direction.dtype), stacks.spread(table, direction)
     for s, term in zip(task.exponents, point.terms, strict=True):
         present = jnp.where(term.sums > 0, s * shifts, jnp.inf)
-        pairs = [a.min(1) + b.min(1) for a, b in blocks.split(table, present)]
+        pairs = [a.min(1) + b.min(1) for a, b in stacks.split(table, present)]
         least = jnp.concatenate(pairs).min() - s * jnp.dot(term.mean, direction)
         lowest = jnp.minimum(lowest, least)
     t = 1 / jnp.maximum(-lowest, 1)
