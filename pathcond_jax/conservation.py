@@ -29,7 +29,7 @@ from pathcond_jax._spec.sharding import segment_sum
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
-from pathcond_jax.criteria import norm
+from pathcond_jax.criteria._catalogue import norm
 from pathcond_jax.rescaling import rescale
 
 _MOST_ROUNDS = 10

@@ -15,8 +15,8 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree
 from pathcond_jax.conservation import conserved_quantities
-from pathcond_jax.criteria import CRITERIA
-from pathcond_jax.criterion import Criterion
+from pathcond_jax.criteria._base import Criterion
+from pathcond_jax.criteria._catalogue import CRITERIA
 from pathcond_jax.rescaling import condition
 
 _FIRST_CELLS = 1024

@@ -16,8 +16,8 @@ from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
-from pathcond_jax.criteria import as_criterion
-from pathcond_jax.criterion import Criterion
+from pathcond_jax.criteria._base import Criterion
+from pathcond_jax.criteria._catalogue import as_criterion
 
 LogScales = tuple[jax.Array, ...]
 

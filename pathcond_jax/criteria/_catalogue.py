@@ -53,7 +53,7 @@ from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.criterion import Balance, Criterion, RangeBalance
+from pathcond_jax.criteria._base import Balance, Criterion, RangeBalance
 
 
 def path() -> Criterion:
