@@ -1,6 +1,9 @@
 """Path-conditioned training for JAX: rescaling symmetries, found, lifted, solved and applied."""
 
 from pathcond_jax import criteria
+from pathcond_jax._action.check import check_spec
+from pathcond_jax._action.condition import condition
+from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
 from pathcond_jax._lifting.gram import (
     conditioning_score,
     gram_diagonal,
@@ -30,7 +33,6 @@ from pathcond_jax.finetuning import (
 )
 from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax.initializers import conditioned_init, conditioned_nnx
-from pathcond_jax.rescaling import check_spec, condition, rescale, round_to_powers_of_two
 from pathcond_jax.transforms import recondition, reconditioned, scale_by_path
 
 __all__ = [

@@ -20,6 +20,7 @@ import numpy as np
 import scipy.linalg
 from jax.flatten_util import ravel_pytree
 
+from pathcond_jax._action.rescale import rescale
 from pathcond_jax._solve import stacks
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth, reduce_masses
 from pathcond_jax._solve.solution import Solution
@@ -30,7 +31,6 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 from pathcond_jax.criteria._catalogue import norm
-from pathcond_jax.rescaling import rescale
 
 _MOST_ROUNDS = 10
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._action.condition import condition
 from pathcond_jax._lifting.gram import conditioning_score
 from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._solve.solution import Status
@@ -17,7 +18,6 @@ from pathcond_jax._spec.types import PyTree
 from pathcond_jax.conservation import conserved_quantities
 from pathcond_jax.criteria._base import Criterion
 from pathcond_jax.criteria._catalogue import CRITERIA
-from pathcond_jax.rescaling import condition
 
 _FIRST_CELLS = 1024
 _MOST_HALVINGS = 30

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pathcond_jax._action.condition import condition
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree
 from pathcond_jax._symmetry.trace import trace_spec
-from pathcond_jax.rescaling import condition
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
+from pathcond_jax._action.condition import condition
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.frontends import condition_nnx
-from pathcond_jax.rescaling import condition
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pathcond_jax._action.condition import condition
 from pathcond_jax._lifting.gram import conditioning_score, scaled_gram_diagonal
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree
-from pathcond_jax.rescaling import condition
 
 # Okabe and Ito's palette: distinct under the common kinds of colour blindness, and in grey.
 BLACK, ORANGE, BLUE, GREEN, VERMILION = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00"

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 from jax import lax
 
+from pathcond_jax._action.rescale import LogScales, rescale_buffers
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import leaf_path
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.rescaling import LogScales, rescale_buffers
 
 KeyPath = tuple[Any, ...]
 Arrays = dict[KeyPath, np.ndarray]

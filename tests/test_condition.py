@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jax import monitoring
 
 import pathcond_jax as pathcond
+from pathcond_jax._action.check import random_log_scales
 from pathcond_jax._solve.objective import path_objective
-from pathcond_jax.rescaling import random_log_scales
 
 
 class LinenMLP(nn.Module):

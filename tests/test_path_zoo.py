@@ -9,7 +9,7 @@ from zoo import NETWORKS
 from zoo.network import lenient
 
 import pathcond_jax as pathcond
-from pathcond_jax.rescaling import random_log_scales
+from pathcond_jax._action.check import random_log_scales
 
 LIFTABLE = (
     *("mlp", "mlp-leaky", "mlp-prelu", "mlp-where", "mlp-abs", "mlp-dropout", "mlp-dropout-on"),

@@ -1,4 +1,4 @@
-"""The group action on parameters, and conditioning: lift, solve, rescale."""
+"""The group action on parameters, and on anything of their shapes."""
 
 import functools
 from collections.abc import Sequence
@@ -9,15 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._solve.solution import Solution, Status
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.extended_range import power_of_two
-from pathcond_jax._spec.sharding import automatic
-from pathcond_jax._spec.spec import ArchSpec, no_neuron
+from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
-from pathcond_jax.criteria._base import Criterion
-from pathcond_jax.criteria._catalogue import as_criterion
 
 LogScales = tuple[jax.Array, ...]
 
@@ -89,60 +85,6 @@ def rescale_buffers(
     return rescaled
 
 
-def condition(
-    params: PyTree, spec: ArchSpec, criterion: Criterion | str = "path", **options: Any
-) -> tuple[PyTree, Solution]:
-    """Moves parameters to the best representative of the same function.
-
-    Args:
-      params: the parameters the spec was built for.
-      spec: the architecture.
-      criterion: what to balance: ``"path"``, the conditioning of the path-lifting Gram matrix,
-        ``"enorm"``, ``"equalize"``, or any criterion of :mod:`pathcond_jax.criteria`.
-      **options: of ``solve``: ``method``, ``max_steps``, ``tol``, ``max_log_scale``, ``initial``;
-        of the criterion: ``norm_weight`` adds ``norm_weight · p · log Σ θ² e^{−2Bz}`` to the
-        path criterion, which bounds the scales; ``rounding="power_of_two"`` rounds the log-scales
-        as ``round_to_powers_of_two`` does.
-
-    Returns:
-      The rescaled parameters, dtypes kept, and the solution. Where a parameter is NaN or infinite
-      the parameters come back unchanged, with log-scales 0 and a status that says so.
-
-    Raises:
-      SpecError: ``params`` does not fit the spec, or the spec has no neuron to rescale.
-      NotPathLiftableError: the path criterion needs a network that is a sum over paths.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import pathcond_jax as pathcond
-      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
-      >>> spec = pathcond.chain_spec(params, ["a", "b"])
-      >>> conditioned, solution = pathcond.condition(params, spec)
-      >>> jnp.round(conditioned["a"]["w"], 3).tolist()
-      [[4.0, 4.0]]
-
-    References:
-      Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
-    """
-    match_leaves(spec, params)
-    if not spec.groups:
-        raise SpecError(no_neuron(spec))
-    norm_weight, rounding = options.pop("norm_weight", 0.0), options.pop("rounding", None)
-    if rounding not in (None, "power_of_two"):
-        raise SpecError(f"rounding is {rounding!r}; there are None and 'power_of_two'")
-
-    def conditioned(params: PyTree) -> tuple[PyTree, Solution]:
-        chosen = as_criterion(criterion, norm_weight=norm_weight)
-        solution = chosen.solve(params, spec, **options)
-        if rounding is not None:
-            solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
-        # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
-        keep = solution.status == Status.NON_FINITE
-        return _unless(keep, params, rescale(params, spec, solution.log_scales)), solution
-
-    return automatic(conditioned, params)
-
-
 def round_to_powers_of_two(log_scales: LogScales) -> LogScales:
     """The nearest log-scales whose λ are powers of two, for which rescaling is exact.
 
@@ -160,75 +102,6 @@ def round_to_powers_of_two(log_scales: LogScales) -> LogScales:
       [0.0, 1.0, -2.0]
     """
     return tuple(_nearest_power(z)[1] for z in map(_as_log_scales, log_scales))
-
-
-def check_spec(
-    spec: ArchSpec, params: PyTree, *inputs: PyTree, seed: int = 0, trials: int = 3
-) -> float:
-    """Proves a spec numerically: rescales at random and compares the network's outputs.
-
-    Args:
-      spec: the architecture, built by ``trace_spec`` or ``chain_spec``.
-      params: parameters, arrays.
-      *inputs: the network's inputs; none: standard normal ones of the traced shapes.
-      seed: of the log-scales, drawn from N(0, 1), and of the inputs.
-      trials: how many draws.
-
-    Returns:
-      The largest change of any output, relative to the largest entry of that output.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import pathcond_jax as pathcond
-      >>> params = {"a": {"w": jnp.ones((1, 2))}, "b": {"w": jnp.ones((2, 1))}}
-      >>> spec = pathcond.chain_spec(params, ["a", "b"])
-      >>> pathcond.check_spec(spec, params) < 1e-6
-      True
-    """
-    match_leaves(spec, params)
-    if spec.apply_fn is None:
-        raise SpecError("this spec has no apply function to check; build it with trace_spec")
-    keys = jax.random.split(jax.random.key(seed), trials + 1)
-    if not inputs:
-        inputs = _random_inputs(keys[0], spec)
-    before = jax.tree.leaves(spec.apply_fn(params, *inputs))
-    worst = 0.0
-    for key in keys[1:]:
-        after = jax.tree.leaves(
-            spec.apply_fn(rescale(params, spec, random_log_scales(key, spec)), *inputs)
-        )
-        worst = np.max([worst, *map(_relative_change, before, after)])
-    return float(worst)
-
-
-def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogScales:
-    """Log-scales drawn from N(0, 1), one array per group."""
-    # All at once: each shape that is drawn would be compiled apart.
-    drawn = jax.random.normal(key, (spec.num_neurons,), dtype or jnp.zeros(()).dtype)
-    ends = np.cumsum([group.size for group in spec.groups], dtype=int)
-    return tuple(jnp.split(drawn, ends)[:-1])
-
-
-def _relative_change(before: jax.Array, after: jax.Array) -> float:
-    """NaN where an output is NaN or infinite."""
-    if not jnp.issubdtype(jnp.result_type(before), jnp.inexact) or not jnp.size(before):
-        return 0.0
-    wide = np.result_type(before.dtype, np.float64)
-    one, two = np.asarray(before).astype(wide), np.asarray(after).astype(wide)
-    with np.errstate(invalid="ignore"):
-        return float(np.max(abs(two - one)) / max(np.max(abs(one)), np.finfo(np.float64).tiny))
-
-
-def _random_inputs(key: jax.Array, spec: ArchSpec) -> tuple[PyTree, ...]:
-    flat, treedef = jax.tree.flatten(spec.example_inputs)
-    keys = jax.random.split(key, max(len(flat), 1))
-    drawn = [
-        jax.random.normal(k, a.shape, a.dtype)
-        if jnp.issubdtype(a.dtype, jnp.floating)
-        else jnp.zeros(a.shape, a.dtype)
-        for k, a in zip(keys, flat, strict=False)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
 
 
 class _Factor(NamedTuple):
@@ -252,22 +125,6 @@ def _rescaled(
                 by_path.setdefault(incidence.path, []).append(along)
     paths = [leaf.path for leaf in spec.leaves if leaf.path in by_path]
     return [_multiplied(value, by_path[path]) for path, value in zip(paths, values, strict=True)]
-
-
-def _unless(keep: jax.Array, old: PyTree, new: PyTree) -> PyTree:
-    """``new``, or ``old`` where ``keep``; leaves that are the same object in both stay it."""
-    before, treedef = jax.tree.flatten(old)
-    after = jax.tree.leaves(new)
-    changed = [k for k, (o, n) in enumerate(zip(before, after, strict=True)) if o is not n]
-    chosen = _where(keep, [before[k] for k in changed], [after[k] for k in changed])
-    for k, value in zip(changed, chosen, strict=True):
-        after[k] = value
-    return jax.tree.unflatten(treedef, after)
-
-
-@jax.jit
-def _where(keep: jax.Array, old: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.where(keep, o, n) for o, n in zip(old, new, strict=True)]
 
 
 def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:

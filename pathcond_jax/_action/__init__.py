@@ -1,0 +1,1 @@
+"""The group action: rescaling, conditioning, and checking that the function stays."""

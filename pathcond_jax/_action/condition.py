@@ -1,0 +1,85 @@
+"""Conditioning: a criterion's log-scales, applied."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
+from pathcond_jax._solve.solution import Solution, Status
+from pathcond_jax._spec.sharding import automatic
+from pathcond_jax._spec.spec import ArchSpec, no_neuron
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax.criteria._base import Criterion
+from pathcond_jax.criteria._catalogue import as_criterion
+
+
+def condition(
+    params: PyTree, spec: ArchSpec, criterion: Criterion | str = "path", **options: Any
+) -> tuple[PyTree, Solution]:
+    """Moves parameters to the best representative of the same function.
+
+    Args:
+      params: the parameters the spec was built for.
+      spec: the architecture.
+      criterion: what to balance: ``"path"``, the conditioning of the path-lifting Gram matrix,
+        ``"enorm"``, ``"equalize"``, or any criterion of :mod:`pathcond_jax.criteria`.
+      **options: of ``solve``: ``method``, ``max_steps``, ``tol``, ``max_log_scale``, ``initial``;
+        of the criterion: ``norm_weight`` adds ``norm_weight · p · log Σ θ² e^{−2Bz}`` to the
+        path criterion, which bounds the scales; ``rounding="power_of_two"`` rounds the log-scales
+        as ``round_to_powers_of_two`` does.
+
+    Returns:
+      The rescaled parameters, dtypes kept, and the solution. Where a parameter is NaN or infinite
+      the parameters come back unchanged, with log-scales 0 and a status that says so.
+
+    Raises:
+      SpecError: ``params`` does not fit the spec, or the spec has no neuron to rescale.
+      NotPathLiftableError: the path criterion needs a network that is a sum over paths.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> conditioned, solution = pathcond.condition(params, spec)
+      >>> jnp.round(conditioned["a"]["w"], 3).tolist()
+      [[4.0, 4.0]]
+
+    References:
+      Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
+    """
+    match_leaves(spec, params)
+    if not spec.groups:
+        raise SpecError(no_neuron(spec))
+    norm_weight, rounding = options.pop("norm_weight", 0.0), options.pop("rounding", None)
+    if rounding not in (None, "power_of_two"):
+        raise SpecError(f"rounding is {rounding!r}; there are None and 'power_of_two'")
+
+    def conditioned(params: PyTree) -> tuple[PyTree, Solution]:
+        chosen = as_criterion(criterion, norm_weight=norm_weight)
+        solution = chosen.solve(params, spec, **options)
+        if rounding is not None:
+            solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
+        # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
+        keep = solution.status == Status.NON_FINITE
+        return _unless(keep, params, rescale(params, spec, solution.log_scales)), solution
+
+    return automatic(conditioned, params)
+
+
+def _unless(keep: jax.Array, old: PyTree, new: PyTree) -> PyTree:
+    """``new``, or ``old`` where ``keep``; leaves that are the same object in both stay it."""
+    before, treedef = jax.tree.flatten(old)
+    after = jax.tree.leaves(new)
+    changed = [k for k, (o, n) in enumerate(zip(before, after, strict=True)) if o is not n]
+    chosen = _where(keep, [before[k] for k in changed], [after[k] for k in changed])
+    for k, value in zip(changed, chosen, strict=True):
+        after[k] = value
+    return jax.tree.unflatten(treedef, after)
+
+
+@jax.jit
+def _where(keep: jax.Array, old: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.where(keep, o, n) for o, n in zip(old, new, strict=True)]
