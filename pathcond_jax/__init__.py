@@ -13,6 +13,8 @@ from pathcond_jax._lifting.gram import (
     scaled_gram_diagonal,
 )
 from pathcond_jax._lifting.values import NotPathLiftableError
+from pathcond_jax._optax.path_sgd import scale_by_path
+from pathcond_jax._optax.recondition import recondition, reconditioned
 from pathcond_jax._solve.solution import Solution, Status
 from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.extended_range import ScaledDiagonal
@@ -33,7 +35,6 @@ from pathcond_jax.finetuning import (
 )
 from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax.initializers import conditioned_init, conditioned_nnx
-from pathcond_jax.transforms import recondition, reconditioned, scale_by_path
 
 __all__ = [
     "TWO_LAYER_MODES",

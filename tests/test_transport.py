@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import pathcond_jax as pathcond
-from pathcond_jax.transport import find_buffers, transport
+from pathcond_jax._optax.transport import find_buffers, transport
 
 RNG = np.random.default_rng(0)
 # The names of the biases are those of Adam's hyperparameters.

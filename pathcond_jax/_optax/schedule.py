@@ -12,12 +12,12 @@ from jax import lax
 
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import LogScales, rescale, round_to_powers_of_two
+from pathcond_jax._optax.transport import parameter_shapes
 from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.transport import parameter_shapes
 
 Rescaled = tuple[PyTree, LogScales, jax.Array]
 

@@ -1,31 +1,18 @@
 """Conditioning inside optax: every k updates, with the optimizer's state, and Path-SGD."""
 
-import functools
-import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
-from pathcond_jax._lifting.gram import scaled_gram_diagonal
+from pathcond_jax._optax.schedule import ReconditionState, Rule
+from pathcond_jax._optax.transport import Buffers, find_buffers, transport
 from pathcond_jax._solve.solution import Status
-from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.reconditioning import (
-    ReconditionState,
-    Rule,
-    check_is_spec,
-    integer,
-    match,
-    missing_params,
-    widest_dtype,
-)
-from pathcond_jax.transport import Buffers, find_buffers, parameter_shapes, probing, transport
 
 
 class ReconditionedState(NamedTuple):
@@ -38,21 +25,6 @@ class ReconditionedState(NamedTuple):
 
     inner_state: optax.OptState
     recondition: ReconditionState
-
-
-class ScaleByPathState(NamedTuple):
-    """State of :func:`scale_by_path`.
-
-    Attributes:
-      num_updates: the number of updates so far, int32.
-      diagonal: the latest Gram diagonal, like the parameters, each leaf divided by 2 to the power
-        of its entry of ``exponent``; None if it is computed at every update.
-      exponent: int32, ``(number of leaves,)``; None with ``diagonal``.
-    """
-
-    num_updates: jax.Array
-    diagonal: PyTree
-    exponent: jax.Array | None
 
 
 def recondition(
@@ -240,134 +212,3 @@ def reconditioned(
         return updates, ReconditionedState(inner_state, ReconditionState(count, log_scales, status))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scale_by_path(
-    spec: ArchSpec, every: int = 1, damping: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
-    """Path-SGD: divides the gradient by the diagonal of the path-lifting Gram matrix.
-
-    ``update_i = gradient_i / (g_i + damping · mean(g))``, and 0 where g_i is 0: for entries on no
-    path, and for leaves that are not trainable. Without damping, and with ``every=1``, training
-    from any rescaling of the same parameters gives the same sequence of functions. Where a
-    parameter is NaN or infinite nothing is updated; with ``every=k`` the last diagonal stays.
-
-    Args:
-      spec: the architecture, traced from the parameters that the optimizer updates.
-      every: k; g is computed at the first update and at every k-th after it.
-      damping: relative to the mean of g over all trainable entries.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs`` with state :class:`ScaleByPathState`, to be
-      followed by a learning rate. Its update requires ``params``.
-
-    Raises:
-      SpecError: an argument cannot be used, or, at update, the parameters are missing or have
-        another structure than the spec.
-      NotPathLiftableError: the network is not a sum over paths.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import pathcond_jax as pathcond
-      >>> params = {"a": {"w": 2.0 * jnp.ones((1, 1))}, "b": {"w": jnp.ones((1, 1))}}
-      >>> spec = pathcond.chain_spec(params, ["a", "b"])
-      >>> optimizer = optax.chain(pathcond.scale_by_path(spec), optax.scale(-0.1))
-      >>> gradients = {"a": {"w": jnp.ones((1, 1))}, "b": {"w": jnp.ones((1, 1))}}
-      >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-      >>> updates["a"]["w"].item(), updates["b"]["w"].item()
-      (-0.1, -0.025)
-
-    References:
-      Neyshabur, Salakhutdinov, Srebro, *Path-SGD*, 2015, arXiv 1506.02617, in the form of the
-      diagonal of ∂Φᵀ∂Φ; Lebeurrier, Vayer, Gribonval, 2026, arXiv 2602.19799.
-    """
-    check_is_spec(spec)
-    every = integer("every", every, 1)
-    if not damping >= 0:
-        raise SpecError(f"damping is {damping}; it cannot be negative")
-    jax.eval_shape(functools.partial(scaled_gram_diagonal, spec=spec), parameter_shapes(spec))
-    dtype = widest_dtype(spec)
-
-    def init(params: PyTree) -> ScaleByPathState:
-        count = jnp.zeros((), jnp.int32)
-        if every == 1:
-            return ScaleByPathState(count, None, None)
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-        return ScaleByPathState(count, zeros, jnp.zeros((len(spec.leaves),), jnp.int32))
-
-    def diagonal(params: PyTree) -> tuple[list[jax.Array], jax.Array]:
-        if probing():
-            # What a network would have in which every path has the norm 1.
-            found = [1 / jnp.square(jnp.asarray(p, dtype)) for p in jax.tree.leaves(params)]
-            return found, jnp.zeros((len(found),), jnp.int32)
-
-        def lifted(params: PyTree) -> tuple[PyTree, jax.Array]:
-            found = scaled_gram_diagonal(params, spec)
-            mantissa = jax.tree.map(lambda m: m.astype(dtype), found.mantissa)
-            return mantissa, jnp.stack(jax.tree.leaves(found.exponent))
-
-        mantissa, exponents = automatic(lifted, params)
-        return jax.tree.leaves(mantissa), exponents
-
-    def refresh(params: PyTree, old: list[jax.Array], old_exponents: jax.Array) -> Any:
-        new, exponents = diagonal(params)
-        finite = functools.reduce(operator.and_, [jnp.isfinite(m).all() for m in new])
-        return (
-            [jnp.where(finite, n, o) for n, o in zip(new, old, strict=True)],
-            jnp.where(finite, exponents, old_exponents),
-        )
-
-    def update(
-        updates: PyTree, state: ScaleByPathState, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, ScaleByPathState]:
-        del extra
-        if params is None:
-            raise missing_params("scale_by_path")
-        if not probing():
-            match(spec, params, "params")
-            match(spec, updates, "updates")
-        if every == 1:
-            mantissas, exponents = diagonal(params)
-        else:
-            mantissas, exponents = lax.cond(
-                state.num_updates % every == 0,
-                refresh,
-                lambda _, *old: old,
-                params,
-                jax.tree.leaves(state.diagonal),
-                state.exponent,
-            )
-        flat, treedef = jax.tree.flatten(updates)
-        divided = _divided(flat, mantissas, exponents, damping, spec.num_parameters)
-        count = optax.safe_increment(state.num_updates)
-        if every > 1:
-            kept = jax.tree.unflatten(jax.tree.structure(state.diagonal), mantissas)
-            return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, kept, exponents)
-        return jax.tree.unflatten(treedef, divided), ScaleByPathState(count, None, None)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _divided(
-    updates: list[Any],
-    mantissas: list[jax.Array],
-    exponents: jax.Array,
-    damping: float,
-    num_parameters: int,
-) -> list[Any]:
-    logs = exponents.astype(mantissas[0].dtype) * float(np.log(2))
-    sums = jnp.stack([mantissa.sum() for mantissa in mantissas])
-    finite = jnp.isfinite(sums).all()
-    log_mean = jax.nn.logsumexp(logs, b=sums) - float(np.log(num_parameters))
-    divided = []
-    for update, mantissa, exponent, log in zip(updates, mantissas, exponents, logs, strict=True):
-        u = jnp.asarray(update)
-        if not jnp.issubdtype(u.dtype, jnp.floating):
-            divided.append(update)
-            continue
-        below = mantissa + damping * jnp.exp(log_mean - log) if damping else mantissa
-        on_path = (mantissa > 0) & finite
-        quotient = u.astype(mantissa.dtype) / jnp.where(on_path, below, 1)
-        divided.append(jnp.where(on_path, jnp.ldexp(quotient, -exponent), 0).astype(u.dtype))
-    return divided

@@ -1,0 +1,1 @@
+"""Inside optax: conditioning every k updates, states that move along, Path-SGD."""
