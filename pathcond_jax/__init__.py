@@ -4,6 +4,9 @@ from pathcond_jax import criteria
 from pathcond_jax._action.check import check_spec
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
+from pathcond_jax._front.init import conditioned_init, conditioned_nnx
+from pathcond_jax._front.nnx import condition_nnx, nnx_spec, nnx_variables
+from pathcond_jax._front.report import Report, Representative, report
 from pathcond_jax._lifting.gram import (
     conditioning_score,
     gram_diagonal,
@@ -21,20 +24,22 @@ from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, SpecError
 from pathcond_jax._symmetry.trace import chain_spec, trace_spec
-from pathcond_jax.condensation import condensation_directions, condensed_groups, neuron_orientations
-from pathcond_jax.conservation import conserved_quantities, num_conservation_laws, rescale_to
-from pathcond_jax.constructions import TWO_LAYER_MODES, triangle_mlp, two_layer_init
-from pathcond_jax.diagnostics import Report, Representative, count_linear_pieces_1d, report
-from pathcond_jax.early_alignment import alignment, extremal_vectors
-from pathcond_jax.finetuning import (
+from pathcond_jax.theory.alignment import alignment, extremal_vectors
+from pathcond_jax.theory.condensation import (
+    condensation_directions,
+    condensed_groups,
+    neuron_orientations,
+)
+from pathcond_jax.theory.conservation import conserved_quantities, num_conservation_laws, rescale_to
+from pathcond_jax.theory.constructions import TWO_LAYER_MODES, triangle_mlp, two_layer_init
+from pathcond_jax.theory.finetuning import (
     mtl_penalty,
     order_and_dependence,
     ptft_penalty,
     relu_finetuning_penalty,
     scale_network,
 )
-from pathcond_jax.frontends import condition_nnx, nnx_spec, nnx_variables
-from pathcond_jax.initializers import conditioned_init, conditioned_nnx
+from pathcond_jax.theory.pieces import count_linear_pieces_1d
 
 __all__ = [
     "TWO_LAYER_MODES",

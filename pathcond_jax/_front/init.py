@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 
 from pathcond_jax._action.condition import condition
+from pathcond_jax._front.nnx import condition_nnx
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax.frontends import condition_nnx
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -1,0 +1,1 @@
+"""Front doors: Flax nnx modules, init functions, the report."""
