@@ -31,7 +31,7 @@ from pathcond_jax._lifting.rules import RULES
 from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.arrays import is_traced
-from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, _log_of
+from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, log_of
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -79,7 +79,7 @@ def path_norm(params: PyTree, spec: ArchSpec, order: int = 2, *, log: bool = Fal
     if log:
         dtype = total.mantissa.dtype
         exponent = jnp.where(total.mantissa > 0, total.exponent, 0)
-        return (jnp.log(total.mantissa) + _log_of(exponent, dtype)) / order
+        return (jnp.log(total.mantissa) + log_of(exponent, dtype)) / order
     if order == 2:
         # Of an odd exponent, one factor of 2 goes under the root.
         odd = total.exponent % 2
@@ -277,7 +277,7 @@ def _logs(value: Scaled, top: jax.Array) -> jax.Array:
     """Logarithms over 2^top, flat; −inf for 0, and what is not a number stays so."""
     mantissa = value.mantissa.reshape(-1)
     positive = jnp.where(mantissa > 0, mantissa, 1)
-    logs = jnp.log(positive) + _log_of(value.exponent - top, positive.dtype)
+    logs = jnp.log(positive) + log_of(value.exponent - top, positive.dtype)
     return jnp.where(mantissa > 0, logs, jnp.where(mantissa == 0, -jnp.inf, jnp.nan))
 
 

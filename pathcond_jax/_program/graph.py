@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
-from pathcond_jax._program.origin import _origin, _public_name
+from pathcond_jax._program.origin import origin_of, public_name
 from pathcond_jax._program.primitives import primitive
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -175,8 +175,8 @@ class _Builder:
             ids = [read(atom) for atom in eqn.invars]
             inner = _inner_call(eqn)
             if inner is not None:
-                line, _ = _origin(eqn, caller)
-                name = _public_name(str(eqn.params.get("name", "")))
+                line, _ = origin_of(eqn, caller)
+                name = public_name(str(eqn.params.get("name", "")))
                 called = (line, name or (caller[1] if caller else ""))
                 consts = self.closed_over(inner)
                 results = self.run(getattr(inner, "jaxpr", inner), consts, ids, called)
@@ -206,7 +206,7 @@ class _Builder:
                 tuple(outputs),
                 eqn.params,
                 bodies,
-                *_origin(eqn, caller),
+                *origin_of(eqn, caller),
             )
         )
         return outputs

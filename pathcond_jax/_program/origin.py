@@ -30,7 +30,7 @@ _PLUMBING = (*_MACHINERY, "lax.py", "ufuncs.py", "array_methods.py", "ufunc_api.
 _CALL_BOUNDARY = ("pjit.py", "custom_derivatives.py", "ad_checkpoint.py")
 
 
-def _origin(eqn: Any, caller: tuple[str, str] | None) -> tuple[str, str]:
+def origin_of(eqn: Any, caller: tuple[str, str] | None) -> tuple[str, str]:
     """The user's line and the library function of an operation, or those of its call."""
     line, function = user_line(eqn.source_info, within_call=caller is not None)
     return (line, function) if line or caller is None else (caller[0], function or caller[1])
@@ -58,13 +58,13 @@ def user_line(source_info: Any, within_call: bool = False) -> tuple[str, str]:
             return "", function
         if frame.file_name.startswith(libraries) or name in ("contextlib.py", "functools.py"):
             if not function and name not in _PLUMBING:
-                function = _public_name(frame.function_name)
+                function = public_name(frame.function_name)
         elif not frame.file_name.startswith("<frozen"):
             return f"{name}:{frame.line_num} ({frame.function_name})", function
     return "", ""
 
 
-def _public_name(function: str) -> str:
+def public_name(function: str) -> str:
     """What a user calls a library function, such as a layer by its class; "" if nothing."""
     *outer, name = function.split(".")
     if name == "__call__" and outer:

@@ -44,7 +44,7 @@ class Solution(NamedTuple):
     status: jax.Array
 
 
-def _solution(task: Problem, spec: ArchSpec, run: Run, if_clipped: jax.Array) -> Solution:
+def solution_of(task: Problem, spec: ArchSpec, run: Run, if_clipped: jax.Array) -> Solution:
     status = jnp.where(task.bound(run.z).any(), if_clipped, Status.CONVERGED)
     status = jnp.where(run.converged, status, Status.STEP_LIMIT)
     status = jnp.where(task.finite, status, Status.NON_FINITE)

@@ -12,7 +12,7 @@ from pathcond_jax._solve import coordinate, flat_objective, newton
 from pathcond_jax._solve.block import block
 from pathcond_jax._solve.flat_objective import Problem, Run
 from pathcond_jax._solve.objective import Objective, path_objective
-from pathcond_jax._solve.solution import Solution, Status, _solution
+from pathcond_jax._solve.solution import Solution, Status, solution_of
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.trees import match_leaves
@@ -121,4 +121,4 @@ def _solve(
     # Python's numbers under jax.disable_jit.
     tol = jnp.asarray(tols[jnp.finfo(dtype).bits]).astype(dtype)
     run = METHODS[method].run(task, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
-    return _solution(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))
+    return solution_of(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))

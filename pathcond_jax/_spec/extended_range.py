@@ -120,8 +120,8 @@ class ScaledDiagonal(NamedTuple):
     @property
     def log_scale(self) -> PyTree:
         """The natural logarithms of the factors 2^exponent, in the mantissas' dtypes."""
-        return jax.tree.map(lambda m, e: _log_of(e, m.dtype), self.mantissa, self.exponent)
+        return jax.tree.map(lambda m, e: log_of(e, m.dtype), self.mantissa, self.exponent)
 
 
-def _log_of(exponent: jax.Array, dtype: Any) -> jax.Array:
+def log_of(exponent: jax.Array, dtype: Any) -> jax.Array:
     return exponent.astype(dtype) * np.log(2.0).astype(dtype)

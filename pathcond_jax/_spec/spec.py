@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from pathcond_jax._spec.types import Leaf, NeuronGroup, Pinned, PyTree, SpecError, _some
+from pathcond_jax._spec.types import Leaf, NeuronGroup, Pinned, PyTree, SpecError, listed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class ArchSpec:
           SpecError: the tree has no such leaf.
         """
         if path not in self._by_path:
-            raise SpecError(f"no parameter {path!r}; the tree has {_some(self._by_path)}")
+            raise SpecError(f"no parameter {path!r}; the tree has {listed(self._by_path)}")
         return self._by_path[path]
 
     def group_of(self, path: str) -> tuple[NeuronGroup, ...]:
@@ -135,7 +135,7 @@ def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
             where = f"group {group.name!r}, {side} {incidence}"
             leaf = leaves.get(incidence.path)
             if leaf is None:
-                raise SpecError(f"{where}: no such parameter; the tree has {_some(leaves)}")
+                raise SpecError(f"{where}: no such parameter; the tree has {listed(leaves)}")
             if not (leaf.trainable or leaf.state):
                 raise SpecError(f"{where}: the parameter is not trainable")
             if len(set(incidence.axes)) < len(incidence.axes) or any(
@@ -143,7 +143,7 @@ def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
             ):
                 raise SpecError(
                     f"{where}: the parameter has shape {leaf.shape}; its axes are "
-                    f"{_some(range(len(leaf.shape)))}, each once at most"
+                    f"{listed(range(len(leaf.shape)))}, each once at most"
                 )
             expected = tuple(leaf.shape[a] for a in incidence.axes)
             if incidence.index.shape != expected:

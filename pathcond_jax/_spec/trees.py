@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax._spec.types import Leaf, PyTree, SpecError, _some
+from pathcond_jax._spec.types import Leaf, PyTree, SpecError, listed
 
 
 def leaf_path(key_path: Any) -> str:
@@ -114,7 +114,7 @@ def _difference(paths: Sequence[str], treedef: Any, spec: ArchSpec) -> str:
     if not missing and not extra:
         return f"the same leaves in other containers, {treedef} instead of {spec.treedef}"
     named = (("missing", missing), ("unexpected", extra))
-    return "; ".join(f"{word} {_some(names)}" for word, names in named if names)
+    return "; ".join(f"{word} {listed(names)}" for word, names in named if names)
 
 
 def _stacked(shapes: Sequence[tuple[int, ...]], spec: ArchSpec) -> str:

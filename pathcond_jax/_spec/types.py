@@ -118,7 +118,7 @@ class Pinned:
         return f"{self.path}{axis}: {self.reason}{where}"
 
 
-def _some(names: Any, limit: int = 6) -> str:
+def listed(names: Any, limit: int = 6) -> str:
     names = list(names)
     shown = ", ".join(repr(n) for n in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
