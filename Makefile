@@ -53,7 +53,7 @@ wheel: $(VENV)/installed  ## build the wheel and try it in an empty environment
 	cd build && venv/bin/pathcond --help
 
 oldest: $(VENV_OLDEST)/installed  ## run the core tests on the oldest supported versions
-	$(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(CORE:%=tests/test_%.py) $(ARGS)
+	$(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py)) $(ARGS)
 
 # $(1): interpreter, $(2): what pip installs, $(3) and $(4): what to say when there is no interpreter.
 # An environment that works is kept.

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pathcond_jax.experiments import reproduce
 
-OUT = pathlib.Path(__file__).parents[1] / "build" / "studies"
+OUT = pathlib.Path(__file__).parents[2] / "build" / "studies"
 
 
 @pytest.mark.study

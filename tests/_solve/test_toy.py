@@ -25,7 +25,7 @@ class Toy(NamedTuple):
 STARTS = {"A": (4.0, 3.0, 1.0), "B": (2.0, 4.0, 1.0), "C": (4.0, -2.0, 1.0)}
 HITS = {"A": 801, "B": 1660, "C": 3450}
 
-with np.load(pathlib.Path(__file__).parent / "golden" / "toy_figure_1.npz") as file:
+with np.load(pathlib.Path(__file__).parents[1] / "golden" / "toy_figure_1.npz") as file:
     stored = dict(file)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from pathcond_jax.experiments import demo, reproduce
 
-PAGE = pathlib.Path(__file__).parents[1] / "README.md"
+PAGE = pathlib.Path(__file__).parents[2] / "README.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SECTIONS = re.split(r"^## ", TEXT, flags=re.M)
 SNIPPETS = [

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from test_golden import GOLDEN, NETWORKS, conv_net, mlp
+from golden_networks import GOLDEN, NETWORKS, conv_net, mlp
 from zoo import NETWORKS as ZOO
 from zoo.network import lenient
 

@@ -16,7 +16,7 @@ NEURON_VECTORS = 512
 
 
 def start(*arguments):
-    root = str(PROGRAM.parents[1])
+    root = str(PROGRAM.parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *map(str, arguments)],

@@ -22,7 +22,7 @@ from pathcond_jax.experiments import (
 from pathcond_jax.experiments.store import Store, plain, restored, write_csv
 from pathcond_jax.experiments.study import Options, Report, Result, Table, Task, mean_interval
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 HITS = {"A": (None, 801, 1712), "B": (None, 1660, 1597), "C": (None, 3450, 13364)}
 QUIET = Console(quiet=True)
 

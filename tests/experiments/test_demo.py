@@ -16,7 +16,7 @@ from pathcond_jax import __main__ as cli
 from pathcond_jax import plotting
 from pathcond_jax.experiments import data, demo, models, training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def blobs(num_train=24, num_test=8):

@@ -21,7 +21,7 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves
 from pathcond_jax._spec.types import Incidence, NeuronGroup, SpecError
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NETWORKS = ("mlp_2-8-8-2", "mlp_2-32-32-32-2", "conv_plain_8-16-20")
 METHODS = ("newton", "block", "coordinate")
 

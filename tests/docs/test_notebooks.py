@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = pathlib.Path(__file__).parents[2] / "notebooks"
 SMALL = {
     "01_quickstart": "WIDTHS = (12, 6)\nEPOCHS = 2\nSEEDS = 2",
     "02_training_with_optax": "WIDTHS = (12, 6)\nSTEPS = 20\nEVERY = 10",
