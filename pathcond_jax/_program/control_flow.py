@@ -1,0 +1,92 @@
+"""How control flow is built, read off shapes: versions of JAX name its parameters differently."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+from pathcond_jax._program.graph import Graph, Node
+
+T = TypeVar("T")
+
+
+class Scan(NamedTuple):
+    """A ``scan``: what its body reads and returns at each step.
+
+    Attributes:
+      body: the program of one step, (constants, carry, slices) -> (carry, slices).
+      length: the number of steps.
+      reverse: whether the last step comes first.
+      num_consts: how many inputs are the same at every step.
+      num_carry: how many go from step to step; the inputs after them are stacked slices.
+    """
+
+    body: Graph
+    length: int
+    reverse: bool
+    num_consts: int
+    num_carry: int
+
+    def inputs(self, values: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+        """Values of the operation's inputs as constants, carry and stacked slices."""
+        first = self.num_consts + self.num_carry
+        return (
+            list(values[: self.num_consts]),
+            list(values[self.num_consts : first]),
+            list(values[first:]),
+        )
+
+    def outputs(self, values: Sequence[T]) -> tuple[list[T], list[T]]:
+        """Values of the operation's outputs, or of its body's, as carry and stacked slices."""
+        return list(values[: self.num_carry]), list(values[self.num_carry :])
+
+
+class While(NamedTuple):
+    """A ``while``: how its inputs are divided.
+
+    Attributes:
+      condition: the program (condition constants, carry) -> whether to go on.
+      body: the program (body constants, carry) -> carry.
+      num_condition_consts: how many inputs only the condition reads.
+      num_body_consts: how many only the body reads; the inputs after them are the carry.
+    """
+
+    condition: Graph
+    body: Graph
+    num_condition_consts: int
+    num_body_consts: int
+
+    def inputs(self, values: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+        """Values of the inputs as constants of the condition, constants of the body and carry."""
+        first = self.num_condition_consts + self.num_body_consts
+        return (
+            list(values[: self.num_condition_consts]),
+            list(values[self.num_condition_consts : first]),
+            list(values[first:]),
+        )
+
+
+def read_scan(node: Node, graph: Graph) -> Scan:
+    """The structure of a ``scan``: outside of the body, a stacked value has one axis more."""
+    (body,) = node.bodies
+    num_stacked = _count_stacked(graph, node.inputs, body, body.inputs)
+    num_carry = len(node.outputs) - _count_stacked(graph, node.outputs, body, body.outputs)
+    return Scan(
+        body,
+        int(node.params["length"]),
+        bool(node.params["reverse"]),
+        len(node.inputs) - num_stacked - num_carry,
+        num_carry,
+    )
+
+
+def read_while(node: Node, graph: Graph) -> While:
+    """The structure of a ``while``: its carry is what it returns."""
+    del graph
+    condition, body = node.bodies
+    num_carry = len(node.outputs)
+    num_condition, num_body = (len(part.inputs) - num_carry for part in (condition, body))
+    return While(condition, body, num_condition, num_body)
+
+
+def _count_stacked(outer: Graph, outside: Sequence[int], body: Graph, inside: Sequence[int]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(outer.avals[o].shape) > len(body.avals[i].shape) for o, i in pairs)
