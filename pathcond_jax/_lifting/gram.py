@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The rules enter themselves into their table when they are imported.
+from pathcond_jax._lifting import rules  # noqa: F401
 from pathcond_jax._lifting.interpreter import Lifting
 from pathcond_jax._lifting.paths import list_paths
-from pathcond_jax._lifting.rules import RULES
 from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.arrays import is_traced
@@ -301,7 +302,7 @@ def _lifting(params: PyTree, spec: ArchSpec, order: int, **options: Any) -> Lift
         raise SpecError("this spec has no program to lift; build it with trace_spec")
     trainable = [leaf.trainable for leaf in spec.leaves]
     values = match_leaves(spec, params)
-    lifting = functools.partial(Lifting, RULES, spec.program, values, trainable)
+    lifting = functools.partial(Lifting, spec.program, values, trainable)
     return lifting(order=order, max_pool=spec.max_pool, **options)
 
 

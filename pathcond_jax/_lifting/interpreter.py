@@ -36,12 +36,18 @@ from pathcond_jax._lifting.values import (
     signals_of,
     unliftable,
 )
+from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
+from pathcond_jax._program.primitives import Table
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.extended_range import Scaled
+from pathcond_jax._spec.types import SpecError
 
 # What a rule sees: the run, the operation and its inputs; it returns the operation's outputs.
-Rule = Callable[["Lifting", Node, list[Value]], list[Value]]
+Rule = Callable[["Lifting", Node, list[Value]], Sequence[Value]]
+
+# How paths pass through each primitive.
+RULES: Table[Rule] = Table("lifting")
 
 _MULTIPLES_IN_A_ROW = 3
 
@@ -55,11 +61,11 @@ class Lifting:
       records: the sums and products in the order of the program.
       outputs: the values of the program's outputs.
       repeated: leaf number -> its entries, counted from 1, that a path may meet twice.
+      avals: shapes and dtypes of the values of the program, or inner program, that is running.
     """
 
     def __init__(
         self,
-        rules: Mapping[Any, Rule],
         graph: Graph,
         values: Sequence[Any],
         trainable: Sequence[bool],
@@ -69,7 +75,6 @@ class Lifting:
         keep_zero: bool = False,
         mantissas: Sequence[jax.Array] | None = None,
     ) -> None:
-        self.rules = rules
         self.order, self.max_pool, self.keep_zero = order, max_pool, keep_zero
         self.mantissas = mantissas
         self.records: list[Record] = []
@@ -77,6 +82,7 @@ class Lifting:
         self.repeated: dict[int, set[int]] = {}
         self._uses: dict[int, list[tuple[int, Callable[[], np.ndarray]]]] = {}
         self._count = 0
+        self.avals: Mapping[int, jax.ShapeDtypeStruct] = graph.avals
         arrays = [jnp.asarray(value) for value in values]
         floating = [x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
         self.dtype = max([jnp.dtype(jnp.float32), *floating], key=lambda d: jnp.finfo(d).bits)
@@ -116,12 +122,15 @@ class Lifting:
         env: dict[int, Value] = dict(zip(graph.inputs, arguments, strict=True))
         for number in graph.constants:
             env.setdefault(number, Coefficient(graph.constants[number]))
+        outer = self.avals
         for node in graph.nodes:
+            self.avals = graph.avals
             results = self._apply(graph, node, [env[i] for i in node.inputs])
             env.update(zip(node.outputs, results, strict=True))
+        self.avals = outer
         return [env[i] for i in graph.outputs]
 
-    def _apply(self, graph: Graph, node: Node, inputs: list[Value]) -> list[Value]:
+    def _apply(self, graph: Graph, node: Node, inputs: list[Value]) -> Sequence[Value]:
         known = coefficients_of(inputs)
         if known is not None and not any(value.trainable for value in known):
             return [Coefficient(raw) for raw in evaluate(node, known)]
@@ -129,11 +138,18 @@ class Lifting:
             switch = all(value.switch for value in inputs if isinstance(value, Gate))
             dtypes = [graph.avals[number].dtype for number in node.outputs]
             return [Gate(switch or dtype == np.bool_) for dtype in dtypes]
-        rule = self.rules.get(node.primitive)
-        if rule is not None:
-            return rule(self, node, inputs)
-        if known is None:
-            raise unliftable(node)
+        rule = RULES.get(node.primitive)
+        if rule is not None and not node.effect and not rule.objection(node.params):
+            try:
+                return rule.function(self, node, inputs)
+            except (NotPathLiftableError, SpecError):
+                raise
+            except Exception as error:
+                because = failure(error)
+                warn_of_failure(node, because)
+                raise unliftable(node, because) from error
+        if known is None or node.effect:
+            raise unliftable(node, _objection(node, rule))
         return self.made(node, known)
 
     def product(
@@ -335,6 +351,12 @@ class Lifting:
                     "has a path norm, and a gram_matrix, but its Gram diagonal is no sum over the "
                     "weight's entries; use a criterion that needs no path lifting"
                 )
+
+
+def _objection(node: Node, rule: Any) -> str:
+    if node.effect:
+        return "has effects that are not followed"
+    return (rule and rule.objection(node.params)) or "is not a sum over paths"
 
 
 def _changes_magnitude(factors: Sequence[Value], multiple_of: Sequence[Signal]) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._lifting.interpreter import SAME, Lifting, Rule, add_all
+from pathcond_jax._lifting.interpreter import RULES, SAME, Lifting, add_all
 from pathcond_jax._lifting.values import (
     Call,
     Coefficient,
@@ -28,10 +28,14 @@ from pathcond_jax._lifting.values import (
     signals_of,
     unliftable,
 )
+from pathcond_jax._program.control_flow import SCAN_PARAMETERS, read_scan
 from pathcond_jax._program.graph import Node
-from pathcond_jax._program.primitives import primitive
+from pathcond_jax._program.primitives import SCATTER_PARAMETERS, find, runs_only
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import Scaled
+
+rule = RULES.rule
+SUMS = frozenset(map(find, ("reduce_sum", "cumsum", "scatter-add")))
 
 # Functions linear in their arrays; calls of them with equal options compile once.
 
@@ -61,6 +65,10 @@ def _windowed(value: jax.Array, largest: bool, **params: Any) -> jax.Array:
     return lax.reduce_window(value, np.asarray(start, value.dtype)[()], operation, **params)
 
 
+def _expanded(*values: jax.Array, axis: int) -> jax.Array:
+    return jnp.stack(values, axis)
+
+
 def _concatenated(*values: jax.Array, axis: int) -> jax.Array:
     return jnp.concatenate(values, axis)
 
@@ -72,10 +80,6 @@ def _chosen(*values: jax.Array) -> jax.Array:
 
 def _unstacked(value: jax.Array) -> list[jax.Array]:
     return [value[k] for k in range(value.shape[0])]
-
-
-def _stacked(*values: jax.Array) -> jax.Array:
-    return jnp.stack(values)
 
 
 def _is_zero(value: Value) -> bool:
@@ -112,7 +116,23 @@ def _common_base(signals: Sequence[Signal]) -> Signal | None:
     return next((b for b in chains[0] if all(b in chain for chain in chains[1:])), None)
 
 
-def _linear(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("reshape", reads=("new_sizes", "dimensions"))
+@rule("broadcast_in_dim", reads=("shape", "broadcast_dimensions"))
+@rule("slice", reads=("start_indices", "limit_indices", "strides"))
+@rule("squeeze", "rev", reads=("dimensions",))
+@rule("transpose", reads=("permutation",))
+@rule("tile", reads=("reps",))
+@rule("dynamic_slice", reads=("slice_sizes",))
+@rule("reduce_sum", reads=("axes",))
+@rule("cumsum", reads=("axis", "reverse"))
+@rule(
+    "gather",
+    reads=(
+        *("dimension_numbers", "slice_sizes", "indices_are_sorted", "mode", "unique_indices"),
+        "fill_value",
+    ),
+)
+def _linear(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """Operations that move or sum entries of one value, at places known without the input."""
     value, *places = inputs
     if any(not isinstance(place, Coefficient) for place in places):
@@ -124,13 +144,20 @@ def _linear(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
     return [lifting.moved(value, call(_bind, primitive=node.primitive, **node.params), extra)]
 
 
-def _split(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("split", reads=("axis", "sizes"))
+@rule("unstack", reads=("axis",))
+def _split(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     parts = range(len(node.outputs))
     calls = [call(_part, k=k, primitive=node.primitive, **node.params) for k in parts]
     return [lifting.moved(inputs[0], linear) for linear in calls]
 
 
-def _passed(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("stop_gradient", "optimization_barrier", "copy")
+@rule("reduce_precision", reads=("exponent_bits", "mantissa_bits"))
+@rule("device_put", reads=("devices", "srcs", "copy_semantics"))
+@rule("sharding_constraint", reads=("layout", "context_mesh", "unconstrained_dims"))
+@rule("name", reads=("name",))
+def _passed(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """Operations that pass every path: casts, and activations such as |x|."""
     coefficients = coefficients_of(inputs)
     if coefficients is None:
@@ -142,17 +169,22 @@ def _passed(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
     return made
 
 
-def _neg(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("neg")
+def _neg(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     return [lifting.moved(inputs[0], SAME, sign=-1)]
 
 
-def _abs(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("abs")
+def _abs(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     if isinstance(inputs[0], Coefficient):
         return lifting.made(node, [inputs[0]], elementwise=True)
     return inputs
 
 
-def _function(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("pow", "square", "sqrt", "rsqrt", "cbrt", "exp", "exp2", "expm1", "log", "log1p", "tanh")
+@rule("logistic", "sin", "cos", "erf")
+@rule("integer_pow", reads=("y",))
+def _function(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """A function that is not linear makes weights of parameters, entry by entry."""
     coefficients = coefficients_of(inputs)
     if coefficients is None:
@@ -160,20 +192,23 @@ def _function(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
     return lifting.made(node, coefficients, elementwise=True)
 
 
-def _convert(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("convert_element_type", reads=("new_dtype", "weak_type"))
+def _convert(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     if isinstance(inputs[0], Gate) or jnp.issubdtype(node.params["new_dtype"], jnp.floating):
         return _passed(lifting, node, inputs)
     raise unliftable(node)
 
 
-def _pad(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("pad", reads=("padding_config",))
+def _pad(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     value, fill = inputs
     if not _is_zero(fill):
         raise unliftable(node, "pads with values other than 0")
     return [lifting.moved(value, call(_padded, primitive=node.primitive, **node.params))]
 
 
-def _mul(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("mul", reads=("out_dtype",))
+def _mul(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     one, two = inputs
     signals = signals_of(inputs)
     if len(signals) == 2:
@@ -209,7 +244,8 @@ def _product_of_weights(
     return made
 
 
-def _div(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("div")
+def _div(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     one, two = inputs
     if not isinstance(two, Coefficient):
         raise unliftable(node, "divides by a value that depends on the input")
@@ -223,19 +259,21 @@ def _div(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
 
 def _as(node: Node, name: str, **params: Any) -> Node:
     """Another operation at the same line of the program."""
-    return dataclasses.replace(node, primitive=primitive(name), params=params)
+    return dataclasses.replace(node, primitive=find(name), params=params)
 
 
-def _add(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("add", "sub", "add_any")
+def _add(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     _no_gates(node, inputs)
     coefficients = coefficients_of(inputs)
     if coefficients is not None:
         return lifting.made(node, coefficients, elementwise=True)
-    minus = -1 if node.primitive is primitive("sub") else 1
+    minus = -1 if node.primitive is find("sub") else 1
     return [lifting.combined(call(add_all), *inputs, signs=(1, minus))]
 
 
-def _extremum(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("max", "min")
+def _extremum(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """ReLU, LeakyReLU as a maximum of multiples, and the maximum or minimum of signals."""
     _no_gates(node, inputs)
     coefficients = coefficients_of(inputs)
@@ -243,7 +281,7 @@ def _extremum(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
         return lifting.made(node, coefficients, elementwise=True)
     signals = signals_of(inputs)
     if len(signals) == 1:
-        neutral = -np.inf if node.primitive is primitive("max") else np.inf
+        neutral = -np.inf if node.primitive is find("max") else np.inf
         if any(_is_zero(value) or _is_constant(value, neutral) for value in inputs):
             return [signals[0]]
         raise unliftable(node, "compares a signal with a constant other than 0")
@@ -253,7 +291,8 @@ def _extremum(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
     return [lifting.combined(call(_max_all if lifting.max_pool == "max" else add_all), *signals)]
 
 
-def _select(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("select_n")
+def _select(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     which, *cases = inputs
     coefficients = coefficients_of(cases)
     if isinstance(which, Coefficient):
@@ -280,14 +319,17 @@ def _joined(
     return lifting.combined(linear, *values, extra=extra)
 
 
-def _compared(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("eq", "ne", "ge", "gt", "le", "lt", "is_finite", "sign")
+@rule("argmax", "argmin", reads=("axes", "index_dtype"))
+def _compared(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     coefficients = coefficients_of(inputs)
     if coefficients is not None:
         return [Coefficient(raw) for raw in evaluate(node, coefficients)]
     return [Gate()] * len(node.outputs)
 
 
-def _reduce_max(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("reduce_max", "reduce_min", reads=("axes",))
+def _reduce_max(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     (value,) = inputs
     if isinstance(value, Coefficient):
         return lifting.made(node, [value])
@@ -295,26 +337,40 @@ def _reduce_max(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value
     return [lifting.moved(value, call(_reduced, axes=tuple(node.params["axes"]), largest=largest))]
 
 
-def _window(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule(
+    *("reduce_window_sum", "reduce_window_max", "reduce_window_min"),
+    reads=("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"),
+)
+def _window(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """Pooling; a maximum has an edge from each entry of its window, or follows the maximum."""
     (value,) = inputs
     if isinstance(value, Coefficient):
         return lifting.made(node, [value])
-    largest = node.primitive is not primitive("reduce_window_sum") and lifting.max_pool == "max"
+    largest = node.primitive is not find("reduce_window_sum") and lifting.max_pool == "max"
     keys = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     options = {key: node.params[key] for key in keys}
     return [lifting.moved(value, call(_windowed, largest=largest, **options))]
 
 
-def _concatenate(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("concatenate", reads=("dimension",))
+def _concatenate(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     _no_gates(node, inputs)
     return [_joined(lifting, call(_concatenated, axis=node.params["dimension"]), inputs)]
 
 
-def _update(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("stack", reads=("axis",))
+def _stack(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
+    _no_gates(node, inputs)
+    return [_joined(lifting, call(_expanded, axis=node.params["axis"]), inputs)]
+
+
+@rule("dynamic_update_slice")
+@rule("scatter", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": None})
+@rule("scatter-add", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("add")})
+def _update(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """Writes or adds one value into another, at places known without the input."""
     into, *rest = inputs
-    if node.primitive is primitive("dynamic_update_slice"):
+    if node.primitive is find("dynamic_update_slice"):
         value, *places = rest
     else:
         *places, value = rest
@@ -336,7 +392,15 @@ def _updated(into: jax.Array, value: jax.Array, *places: Any, primitive: Any, **
     return primitive.bind(into, value, *places, **params)
 
 
-def _contraction(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("dot_general", reads=("dimension_numbers", "preferred_element_type"))
+@rule(
+    "conv_general_dilated",
+    reads=(
+        *("dimension_numbers", "feature_group_count", "batch_group_count", "window_strides"),
+        *("padding", "lhs_dilation", "rhs_dilation", "preferred_element_type"),
+    ),
+)
+def _contraction(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     _no_gates(node, inputs)
     coefficients = coefficients_of(inputs)
     if coefficients is not None:
@@ -347,18 +411,19 @@ def _contraction(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Valu
     return [lifting.multiplied(call(_bind, primitive=node.primitive, **options), *inputs)]
 
 
-def _scan(lifting: Lifting, node: Node, inputs: list[Value]) -> list[Value]:
+@rule("scan", reads=SCAN_PARAMETERS)
+def _scan(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     """Step by step: stacked parameters differ between steps, and paths go through all of them."""
-    num_consts, num_carry = node.params["num_consts"], node.params["num_carry"]
-    consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
-    (body,), steps = node.bodies, range(node.params["length"])
-    stacked = [_slices(lifting, value, len(steps)) for value in inputs[num_consts + num_carry :]]
+    loop = read_scan(node, lifting.avals)
+    steps = range(loop.length)
+    consts, carry, stacked = loop.inputs(inputs)
+    slices = [_slices(lifting, value, len(steps)) for value in stacked]
     made: dict[int, list[Value]] = {}
-    for step in reversed(steps) if node.params["reverse"] else steps:
-        results = lifting.run(body, [*consts, *carry, *(slices[step] for slices in stacked)])
-        carry, made[step] = results[:num_carry], results[num_carry:]
-    outputs = range(len(node.outputs) - num_carry)
-    return [*carry, *(_stack(lifting, node, [made[s][k] for s in steps]) for k in outputs)]
+    for step in reversed(steps) if loop.reverse else steps:
+        results = lifting.run(loop.body, [*consts, *carry, *(each[step] for each in slices)])
+        carry, made[step] = loop.outputs(results)
+    outputs = range(len(node.outputs) - len(carry))
+    return [*carry, *(_along_steps(lifting, [made[s][k] for s in steps]) for k in outputs)]
 
 
 def _slices(lifting: Lifting, value: Value, length: int) -> list[Value]:
@@ -387,62 +452,11 @@ def _entry(value: jax.Array, k: int) -> jax.Array:
     return value[k]
 
 
-def _stack(lifting: Lifting, node: Node, values: list[Value]) -> Value:
+def _along_steps(lifting: Lifting, values: Sequence[Value]) -> Value:
     gates = [value for value in values if isinstance(value, Gate)]
     if gates:
         return Gate(all(gate.switch for gate in gates))
     coefficients = coefficients_of(values)
     if coefficients is not None and not any(value.trainable for value in coefficients):
         return Coefficient(jnp.stack([jnp.asarray(value.raw) for value in coefficients]))
-    return _joined(lifting, call(_stacked), values)
-
-
-_RULES_BY_NAME: tuple[tuple[Rule, tuple[str, ...]], ...] = (
-    (
-        _linear,
-        (
-            *("reshape", "broadcast_in_dim", "slice", "squeeze", "transpose", "rev", "tile"),
-            *("dynamic_slice", "gather", "reduce_sum", "cumsum"),
-        ),
-    ),
-    (_split, ("split",)),
-    (_pad, ("pad",)),
-    (_concatenate, ("concatenate",)),
-    (_update, ("dynamic_update_slice", "scatter", "scatter_add", "scatter-add")),
-    (
-        _passed,
-        (
-            *("copy", "copy_p", "stop_gradient", "reduce_precision", "name", "device_put"),
-            *("sharding_constraint", "optimization_barrier"),
-        ),
-    ),
-    (_neg, ("neg",)),
-    (_abs, ("abs",)),
-    (_convert, ("convert_element_type",)),
-    (_mul, ("mul",)),
-    (_div, ("div",)),
-    (_add, ("add", "sub", "add_jaxvals")),
-    (_extremum, ("max", "min")),
-    (_select, ("select_n",)),
-    (_compared, ("eq", "ne", "ge", "gt", "le", "lt", "is_finite", "argmax", "argmin", "sign")),
-    (_reduce_max, ("reduce_max", "reduce_min")),
-    (_window, ("reduce_window_sum", "reduce_window_max", "reduce_window_min")),
-    (_contraction, ("dot_general", "conv_general_dilated")),
-    (_scan, ("scan",)),
-    (
-        _function,
-        (
-            *("pow", "integer_pow", "square", "sqrt", "rsqrt", "exp", "exp2", "expm1", "log"),
-            *("log1p", "tanh", "logistic", "sin", "cos", "erf"),
-        ),
-    ),
-)
-
-RULES: dict[Any, Rule] = {
-    found: rule
-    for rule, names in _RULES_BY_NAME
-    for found in map(primitive, names)
-    if found is not None
-}
-
-SUMS = frozenset(map(primitive, ("reduce_sum", "cumsum", "scatter_add", "scatter-add")))
+    return _joined(lifting, call(_expanded, axis=0), values)

@@ -1,11 +1,20 @@
 """How control flow is built, read off shapes: versions of JAX name its parameters differently."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
+
+import jax
 
 from pathcond_jax._program.graph import Graph, Node
 
 T = TypeVar("T")
+Avals = Mapping[int, jax.ShapeDtypeStruct]
+
+# All that a scan has had in any version; its structure is read off the shapes.
+SCAN_PARAMETERS = (
+    *("jaxpr", "length", "reverse", "unroll", "linear", "_split_transpose"),
+    *("num_consts", "num_carry", "ft_in", "ft_out"),
+)
 
 
 class Scan(NamedTuple):
@@ -64,11 +73,11 @@ class While(NamedTuple):
         )
 
 
-def read_scan(node: Node, graph: Graph) -> Scan:
+def read_scan(node: Node, avals: Avals) -> Scan:
     """The structure of a ``scan``: outside of the body, a stacked value has one axis more."""
     (body,) = node.bodies
-    num_stacked = _count_stacked(graph, node.inputs, body, body.inputs)
-    num_carry = len(node.outputs) - _count_stacked(graph, node.outputs, body, body.outputs)
+    num_stacked = _count_stacked(avals, node.inputs, body, body.inputs)
+    num_carry = len(node.outputs) - _count_stacked(avals, node.outputs, body, body.outputs)
     return Scan(
         body,
         int(node.params["length"]),
@@ -78,15 +87,14 @@ def read_scan(node: Node, graph: Graph) -> Scan:
     )
 
 
-def read_while(node: Node, graph: Graph) -> While:
+def read_while(node: Node) -> While:
     """The structure of a ``while``: its carry is what it returns."""
-    del graph
     condition, body = node.bodies
     num_carry = len(node.outputs)
     num_condition, num_body = (len(part.inputs) - num_carry for part in (condition, body))
     return While(condition, body, num_condition, num_body)
 
 
-def _count_stacked(outer: Graph, outside: Sequence[int], body: Graph, inside: Sequence[int]) -> int:
+def _count_stacked(outer: Avals, outside: Sequence[int], body: Graph, inside: Sequence[int]) -> int:
     pairs = zip(outside, inside, strict=True)
-    return sum(len(outer.avals[o].shape) > len(body.avals[i].shape) for o, i in pairs)
+    return sum(len(outer[o].shape) > len(body.avals[i].shape) for o, i in pairs)

@@ -1,17 +1,21 @@
 """A traced program as a flat list of operations: calls inlined, constants apart, no dead code."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex_core
 
 from pathcond_jax._program.origin import origin_of, public_name
-from pathcond_jax._program.primitives import primitive
+from pathcond_jax._program.primitives import (
+    Literal,
+    has_effect,
+    holds_program,
+    inner_program,
+    reference_program,
+)
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.types import PyTree, SpecError
 
@@ -34,6 +38,7 @@ class Node:
       bodies: the flattened inner programs of a control-flow primitive.
       source: the user's line, ``"file.py:12 (function)"``, or "".
       function: the library function that runs the operation on the user's behalf, or "".
+      effect: whether it does more than return its outputs, such as writing into a reference.
     """
 
     primitive: Any
@@ -43,6 +48,7 @@ class Node:
     bodies: tuple["Graph", ...] = ()
     source: str = ""
     function: str = ""
+    effect: bool = False
 
     @property
     def operation(self) -> str:
@@ -169,11 +175,11 @@ class _Builder:
         env.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom: Any) -> int:
-            return self.constant(atom.val) if isinstance(atom, jex_core.Literal) else env[atom]
+            return self.constant(atom.val) if isinstance(atom, Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
             ids = [read(atom) for atom in eqn.invars]
-            inner = _inner_call(eqn)
+            inner = inner_program(eqn) or reference_program(eqn)
             if inner is not None:
                 line, _ = origin_of(eqn, caller)
                 name = public_name(str(eqn.params.get("name", "")))
@@ -188,7 +194,8 @@ class _Builder:
     def operation(self, eqn: Any, inputs: list[int], caller: tuple[str, str] | None) -> list[int]:
         outputs = [self.new(var.aval) for var in eqn.outvars]
         size = sum(int(np.prod(self.avals[i].shape, dtype=np.int64)) for i in outputs)
-        if all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT and _foldable(eqn):
+        known = all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT
+        if known and not eqn.effects and not any(map(holds_program, eqn.params.values())):
             self.constants.update(dict.fromkeys(outputs, _Deferred(eqn, inputs, outputs)))
             if self.captured.intersection(inputs):
                 self.captured.update(outputs)
@@ -207,47 +214,19 @@ class _Builder:
                 eqn.params,
                 bodies,
                 *origin_of(eqn, caller),
+                has_effect(eqn),
             )
         )
         return outputs
 
     def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
-        """The program, without what its outputs do not need."""
+        """The program, without what neither its outputs nor its effects need."""
         alive = set(outputs)
         kept = []
         for node in reversed(self.nodes):
-            if alive.intersection(node.outputs):
+            if node.effect or alive.intersection(node.outputs):
                 kept.append(node)
                 alive.update(node.inputs)
         constants = _Constants(self.constants, [k for k in self.constants if k in alive])
         captured = frozenset(self.captured)
         return Graph(inputs, outputs, tuple(reversed(kept)), constants, self.avals, captured)
-
-
-_CALLS = (
-    *("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "core_call"),
-    *("remat", "remat2", "checkpoint"),
-)
-
-
-@functools.cache
-def _call_primitives() -> frozenset[Any]:
-    return frozenset(p for p in map(primitive, _CALLS) if p is not None)
-
-
-def _inner_call(eqn: Any) -> Any:
-    if eqn.primitive not in _call_primitives():
-        return None
-    return next(
-        eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
-    )
-
-
-def _foldable(eqn: Any) -> bool:
-    return not eqn.effects and not any(map(_holds_program, eqn.params.values()))
-
-
-def _holds_program(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_holds_program, value))
-    return isinstance(value, (jex_core.Jaxpr, jex_core.ClosedJaxpr))

@@ -2,16 +2,22 @@
 
 import functools
 
+from pathcond_jax._program.control_flow import read_scan
 from pathcond_jax._program.graph import Graph
+from pathcond_jax._program.primitives import find
 from pathcond_jax._spec.spec import ArchSpec
 
 _MOVES = frozenset(
-    (
-        *("broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice"),
-        *("expand_dims", "gather", "neg", "pad", "reshape", "rev", "slice", "squeeze", "transpose"),
+    map(
+        find,
+        (
+            *("broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "gather", "neg"),
+            *("pad", "reshape", "rev", "slice", "squeeze", "tile", "transpose"),
+        ),
     )
 )
-_ADDITIONS = frozenset(("add", "sub"))
+_ADDITIONS = frozenset(map(find, ("add", "add_any", "sub")))
+_SCAN = find("scan")
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,29 +65,25 @@ def _uses(graph: Graph, names: dict[int, str], data: set[int]) -> tuple[set[str]
     for node in graph.nodes:
         leaves = {names[i] for i in node.inputs if i in names}
         signals = data.intersection(node.inputs)
-        operation = node.primitive.name
-        if operation == "scan":
-            (body,) = node.bodies
-            consts, carried = node.params["num_consts"], node.params["num_carry"]
-            inner = [
-                (inside, outside, consts <= k < consts + carried)
-                for k, (inside, outside) in enumerate(zip(body.inputs, node.inputs, strict=True))
-            ]
+        if node.primitive is _SCAN:
+            loop = read_scan(node, graph.avals)
+            _, carry, _ = loop.inputs(loop.body.inputs)
+            inner = dict(zip(loop.body.inputs, node.inputs, strict=True))
             found = _uses(
-                body,
-                {inside: names[outside] for inside, outside, carry in inner if outside in names},
-                {inside for inside, outside, carry in inner if carry or outside in data},
+                loop.body,
+                {inside: names[outside] for inside, outside in inner.items() if outside in names},
+                {*carry, *(inside for inside, outside in inner.items() if outside in data)},
             )
             added |= found[0]
             used |= found[1]
-        elif operation in _MOVES and node.inputs[0] in names:
+        elif node.primitive in _MOVES and node.inputs[0] in names:
             names.update(dict.fromkeys(node.outputs, names[node.inputs[0]]))
             used |= leaves - {names[node.inputs[0]]}
-        elif operation in _ADDITIONS and signals:
+        elif node.primitive in _ADDITIONS and signals:
             added |= leaves
         else:
             used |= leaves
-        if signals or operation == "scan":
+        if signals or node.primitive is _SCAN:
             data.update(node.outputs)
     used |= {names[i] for i in graph.outputs if i in names}
     return added, used

@@ -82,6 +82,15 @@ class Equations:
         self.count += size
         return labels
 
+    def mark(self) -> tuple[int, int, int]:
+        """How much there is, for :meth:`forget`."""
+        return len(self.blocks), self.count, len(self._rows)
+
+    def forget(self, mark: tuple[int, int, int]) -> None:
+        """Takes back the labels and equations that came after ``mark``."""
+        blocks, self.count, rows = mark
+        del self.blocks[blocks:], self._starts[blocks:], self._rows[rows:]
+
     def block_numbers(self, labels: np.ndarray) -> list[int]:
         """The distinct blocks that an array's labels belong to."""
         first = (

@@ -11,8 +11,10 @@ from scipy import sparse
 from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.trees import layer_path
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned
+
+# The rules enter themselves into their table when they are imported.
+from pathcond_jax._symmetry import loops, rules, structural_rules  # noqa: F401
 from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, null_space
-from pathcond_jax._symmetry.rules import RULES, pin
 from pathcond_jax._symmetry.values import Analysis, Scale, connected
 
 _MAX_PASSES = 8
@@ -38,7 +40,7 @@ def infer(
     shapes = {k: leaf.shape for k, leaf in enumerate(leaves) if leaf.trainable or leaf.state}
     factors = {k: _separate_axes(shape) for k, shape in shapes.items()}
     for _ in range(_MAX_PASSES):
-        analysis = Analysis(RULES, pin, shapes, factors)
+        analysis = Analysis(shapes, factors)
         arguments = [analysis.leaf(k) if k in shapes else Scale() for k in range(len(leaves))]
         arguments += [Scale(signal=True)] * (len(graph.inputs) - len(leaves))
         for scale in analysis.run(graph, arguments):

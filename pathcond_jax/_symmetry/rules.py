@@ -1,21 +1,21 @@
 """How positive scales pass through operations: one rule per primitive.
 
 A rule is given the log-scales of the operands and returns those of the results, after demanding
-what they must satisfy. An operation without a rule fixes the scale of what it reads, which is
-always sound.
+what they must satisfy. It declares the parameters of the primitive that it takes account of. An
+operation without a rule, or with a parameter that its rule does not know, fixes the scale of what
+it reads, which is always sound.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._program.primitives import primitive
 from pathcond_jax._symmetry import structural_rules
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.values import (
+    RULES,
     Rule,
     Scale,
     Scope,
@@ -23,24 +23,24 @@ from pathcond_jax._symmetry.values import (
     expand,
     has_wild,
     mapped,
+    pin,
     powered,
-    varies,
 )
 
-# Scans whose steps have scales of their own are unrolled up to this many operations.
-_MAX_UNROLLED = 20_000
+rule = RULES.rule
 
 
-def pin(scope: Scope, *scales: Scale) -> list[Terms]:
-    """The rule of operations without a rule: what they read keeps its scale."""
-    scope.pin(*scales)
-    return [()] * len(scope.node.outputs)
-
-
+@rule("neg", "abs", "stop_gradient", "optimization_barrier", "copy", "real", "imag")
+@rule("reduce_precision", reads=("exponent_bits", "mantissa_bits"))
+@rule("device_put", reads=("devices", "srcs", "copy_semantics"))
+@rule("sharding_constraint", reads=("layout", "context_mesh", "unconstrained_dims"))
+@rule("conj", reads=("input_dtype",))
+@rule("name", reads=("name",))
 def _same(scope: Scope, *scales: Scale) -> list[Terms]:
     return [scale.terms for scale in scales[: len(scope.node.outputs)]]
 
 
+@rule("sign", "is_finite")
 def _unscaled(scope: Scope, *scales: Scale) -> list[Terms]:
     return [()] * len(scope.node.outputs)
 
@@ -51,26 +51,31 @@ def _alike(scope: Scope, scales: Sequence[Scale]) -> Terms:
     return scope.equate(scales, len(scope.out_shape()), because)
 
 
+@rule("add", "sub", "add_any", "max", "min", "rem", "complex")
 def _additive(scope: Scope, *scales: Scale) -> list[Terms]:
     return [_alike(scope, scales)]
 
 
+@rule("eq", "ne", "ge", "gt", "le", "lt", "atan2")
 def _compared(scope: Scope, *scales: Scale) -> list[Terms]:
     _alike(scope, scales)
     return [()]
 
 
+@rule("convert_element_type", reads=("new_dtype", "weak_type"))
 def _convert(scope: Scope, scale: Scale) -> list[Terms]:
     if jnp.issubdtype(scope.params["new_dtype"], jnp.inexact):
         return [scale.terms]
     return pin(scope, scale)
 
 
+@rule("mul", reads=("out_dtype",))
 def _product(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     ndim = len(scope.out_shape())
     return [(*expand(one, ndim), *expand(two, ndim))]
 
 
+@rule("div")
 def _quotient(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     ndim = len(scope.out_shape())
     divisor = expand(two, ndim)
@@ -80,15 +85,23 @@ def _quotient(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
 
 
 def _power(power: float | Callable[[Any], float]) -> Rule:
-    def rule(scope: Scope, scale: Scale) -> list[Terms]:
+    def powered_scale(scope: Scope, scale: Scale) -> list[Terms]:
         exponent = power(scope.params) if callable(power) else power
         if exponent <= 0 and has_wild(scale.terms):
             return pin(scope, scale)
         return [powered(scale.terms, exponent)]
 
-    return rule
+    return powered_scale
 
 
+rule("integer_pow", reads=("y",))(_power(lambda params: float(params["y"])))
+rule("square")(_power(2.0))
+rule("sqrt")(_power(0.5))
+rule("rsqrt")(_power(-0.5))
+rule("cbrt")(_power(1 / 3))
+
+
+@rule("pow")
 def _pow(scope: Scope, base: Scale, exponent: Scale) -> list[Terms]:
     value = scope.constant(1)
     if value is None or value.size != 1 or (value.item() <= 0 and has_wild(base.terms)):
@@ -96,43 +109,57 @@ def _pow(scope: Scope, base: Scale, exponent: Scale) -> list[Terms]:
     return [powered(expand(base, len(scope.out_shape())), float(value.item()))]
 
 
+@rule("select_n")
 def _select(scope: Scope, which: Scale, *cases: Scale) -> list[Terms]:
     return [scope.equate(cases, len(scope.out_shape()), "selects between values of several scales")]
 
 
+@rule("clamp")
 def _clamp(scope: Scope, low: Scale, value: Scale, high: Scale) -> list[Terms]:
     return [scope.equate((value, low, high), len(scope.out_shape()), "bounds the value")]
 
 
+@rule("reduce_sum", "reduce_max", "reduce_min", reads=("axes",))
 def _reduce(scope: Scope, scale: Scale) -> list[Terms]:
     axes = scope.params["axes"]
     return [mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(tuple(axes)))]
 
 
+@rule("argmax", "argmin", reads=("axes", "index_dtype"))
 def _arg_reduce(scope: Scope, scale: Scale) -> list[Terms]:
     scope.along(scale.terms, scope.params["axes"])
     return [()]
 
 
 def _along_axis(key: str) -> Rule:
-    def rule(scope: Scope, *scales: Scale) -> list[Terms]:
+    def uniform_along(scope: Scope, *scales: Scale) -> list[Terms]:
         axis = scope.params[key]
         return [scope.along(scale.terms, (axis,)) for scale in scales]
 
-    return rule
+    return uniform_along
 
 
+rule("cumsum", "cummax", "cummin", reads=("axis", "reverse"))(_along_axis("axis"))
+rule("sort", reads=("dimension", "is_stable", "num_keys"))(_along_axis("dimension"))
+
+
+@rule("top_k", reads=("k", "axis", "is_stable"))
 def _top_k(scope: Scope, scale: Scale) -> list[Terms]:
     ndim = len(scope.shape(0))
     # The oldest versions of JAX have no axis: it is the last.
     return [scope.along(scale.terms, (scope.params.get("axis", -1) % ndim,)), ()]
 
 
+@rule("fft", reads=("fft_type", "fft_lengths"))
 def _fourier(scope: Scope, scale: Scale) -> list[Terms]:
     ndim = len(scope.shape(0))
     return [scope.along(scale.terms, range(ndim - len(scope.params["fft_lengths"]), ndim))]
 
 
+@rule(
+    *("reduce_window_sum", "reduce_window_max", "reduce_window_min"),
+    reads=("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"),
+)
 def _window(scope: Scope, scale: Scale) -> list[Terms]:
     axes = [a for a, n in enumerate(scope.params["window_dimensions"]) if n > 1]
     other = ("window_strides", "base_dilation", "window_dilation")
@@ -154,6 +181,7 @@ def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:
     return [Term(term.coefficient, move(term.labels)) for term in terms]
 
 
+@rule("dot_general", reads=("dimension_numbers", "preferred_element_type"))
 def _dot_general(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     (summed_one, summed_two), (batch_one, batch_two) = scope.params["dimension_numbers"]
     rank_one, rank_two = len(scope.shape(0)), len(scope.shape(1))
@@ -177,6 +205,13 @@ def _dot_general(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     return [scope.contract(terms, summed, (one, two))]
 
 
+@rule(
+    "conv_general_dilated",
+    reads=(
+        *("dimension_numbers", "feature_group_count", "batch_group_count", "window_strides"),
+        *("padding", "lhs_dilation", "rhs_dilation", "preferred_element_type"),
+    ),
+)
 def _conv(scope: Scope, image: Scale, kernel: Scale) -> list[Terms]:
     if scope.params["batch_group_count"] != 1:
         return pin(scope, image, kernel)
@@ -211,125 +246,10 @@ def _conv(scope: Scope, image: Scale, kernel: Scale) -> list[Terms]:
     return [mapped(kept, merged)]
 
 
+@rule("cond", reads=("branches",))
 def _cond(scope: Scope, which: Scale, *operands: Scale) -> list[Terms]:
     results = [scope.analysis.run(body, operands) for body in scope.node.bodies]
     return [
         scope.equate(outcome, len(scope.out_shape(k)), "chooses between values of several scales")
         for k, outcome in enumerate(zip(*results, strict=True))
     ]
-
-
-def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
-    """Unrolled where steps have scales of their own; else one step that maps to itself."""
-    num_consts, num_carry = scope.params["num_consts"], scope.params["num_carry"]
-    length, (body,) = scope.params["length"], scope.node.bodies
-    if length == 0:
-        return pin(scope, *scales)
-    stacked = list(scales[num_consts + num_carry :])
-    if length * len(body.nodes) > _MAX_UNROLLED:
-        stacked = [Scale(scope.along(x.terms, (0,)), x.signal) for x in stacked]
-    for x in stacked:
-        scope.index(x, (0,))
-    run = functools.partial(_scan_step, scope, scales[:num_consts], stacked)
-    signal = any(scale.signal for scale in scales)
-    unrolled = any(varies(x.terms, (0,)) for x in stacked)
-    steps = range(length) if unrolled else range(min(length, 2))
-    carry, outputs = list(scales[num_consts : num_consts + num_carry]), []
-    for step in reversed(steps) if scope.params["reverse"] else steps:
-        entered = carry
-        results = run(step, carry)
-        carry = [Scale(x.terms, x.signal or signal) for x in results[:num_carry]]
-        outputs.append(results[num_carry:])
-    ndims = [len(scope.out_shape(k)) for k in range(len(scope.node.outputs))]
-    if unrolled:
-        order = outputs[::-1] if scope.params["reverse"] else outputs
-        ys = [
-            structural_rules.stack(scope, each, n)
-            for each, n in zip(zip(*order, strict=True), ndims[num_carry:], strict=True)
-        ]
-        return [*(x.terms for x in carry), *ys]
-    kept = [x.terms for x in carry]
-    if length > 1:
-        because = "carries a value that another step leaves with another scale"
-        kept = [
-            scope.equate(pair, n, because) for *pair, n in zip(carry, entered, ndims, strict=False)
-        ]
-    because = "stacks values of several scales"
-    return kept + [
-        mapped(scope.equate(each, n - 1, because), lambda x: x[None])
-        for each, n in zip(zip(*outputs, strict=True), ndims[num_carry:], strict=True)
-    ]
-
-
-def _scan_step(
-    scope: Scope,
-    consts: Sequence[Scale],
-    stacked: Sequence[Scale],
-    step: int,
-    carry: Sequence[Scale],
-) -> list[Scale]:
-    slices = [
-        Scale(mapped(x.terms, lambda y: y[0 if y.shape[0] == 1 else step]), x.signal, x.cause)
-        for x in stacked
-    ]
-    return scope.analysis.run(scope.node.bodies[0], [*consts, *carry, *slices])
-
-
-_RULES_BY_NAME: tuple[tuple[Rule, tuple[str, ...]], ...] = (
-    (
-        _same,
-        (
-            *("neg", "abs", "copy", "stop_gradient", "reduce_precision", "name", "device_put"),
-            *("sharding_constraint", "optimization_barrier", "copy_p", "conj"),
-            *("real", "imag"),
-        ),
-    ),
-    (_unscaled, ("sign", "is_finite")),
-    (_additive, ("add", "sub", "add_any", "max", "min", "rem", "complex")),
-    (_compared, ("eq", "ne", "ge", "gt", "le", "lt", "atan2")),
-    (_convert, ("convert_element_type",)),
-    (_product, ("mul",)),
-    (_quotient, ("div",)),
-    (_power(lambda params: float(params["y"])), ("integer_pow",)),
-    (_power(2.0), ("square",)),
-    (_power(0.5), ("sqrt",)),
-    (_power(-0.5), ("rsqrt",)),
-    (_power(1 / 3), ("cbrt",)),
-    (_pow, ("pow",)),
-    (_select, ("select_n",)),
-    (_clamp, ("clamp",)),
-    (_reduce, ("reduce_sum", "reduce_max", "reduce_min")),
-    (_arg_reduce, ("argmax", "argmin")),
-    (_along_axis("axis"), ("cumsum", "cummax", "cummin")),
-    (_along_axis("dimension"), ("sort",)),
-    (_top_k, ("top_k",)),
-    (_window, ("reduce_window_sum", "reduce_window_max", "reduce_window_min")),
-    (structural_rules.structural(structural_rules.reshape), ("reshape",)),
-    (structural_rules.structural(structural_rules.broadcast_in_dim), ("broadcast_in_dim",)),
-    (structural_rules.slice_, ("slice",)),
-    (structural_rules.structural(structural_rules.squeeze), ("squeeze",)),
-    (structural_rules.structural(structural_rules.transpose), ("transpose",)),
-    (structural_rules.structural(structural_rules.rev), ("rev",)),
-    (structural_rules.pad, ("pad",)),
-    (structural_rules.concatenate, ("concatenate",)),
-    (structural_rules.split, ("split",)),
-    (structural_rules.dynamic_slice, ("dynamic_slice",)),
-    (structural_rules.dynamic_update_slice, ("dynamic_update_slice",)),
-    (structural_rules.gather, ("gather",)),
-    (
-        structural_rules.scatter,
-        ("scatter", "scatter_add", "scatter_sub", "scatter_max", "scatter_min"),
-    ),
-    (_fourier, ("fft",)),
-    (_dot_general, ("dot_general",)),
-    (_conv, ("conv_general_dilated",)),
-    (_cond, ("cond",)),
-    (_scan, ("scan",)),
-)
-
-RULES: dict[Any, Rule] = {
-    found: rule
-    for rule, names in _RULES_BY_NAME
-    for found in map(primitive, names)
-    if found is not None
-}

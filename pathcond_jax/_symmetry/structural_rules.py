@@ -1,15 +1,19 @@
 """How scales move with entries: operations that rearrange, join, take and put."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program.primitives import SCATTER_PARAMETERS, runs_only
 from pathcond_jax._symmetry.equations import WILD, Term
 from pathcond_jax._symmetry.values import (
     MAX_JOINT,
+    RULES,
     Rule,
     Scale,
     Scope,
@@ -21,14 +25,17 @@ from pathcond_jax._symmetry.values import (
     varies,
 )
 
+rule = RULES.rule
+
 
 def structural(move: Callable[[Scope, np.ndarray], np.ndarray]) -> Rule:
     """An operation that moves entries: run on the label arrays themselves."""
 
-    def rule(scope: Scope, scale: Scale) -> list[Terms]:
+    @functools.wraps(move)
+    def moved(scope: Scope, scale: Scale) -> list[Terms]:
         return [mapped(scale.terms, lambda labels: move(scope, labels))]
 
-    return rule
+    return moved
 
 
 def reshape_labels(labels: np.ndarray, old: Sequence[int], new: Sequence[int]) -> np.ndarray:
@@ -52,13 +59,18 @@ def reshape_labels(labels: np.ndarray, old: Sequence[int], new: Sequence[int]) -
     return np.broadcast_to(labels, full).reshape(target)
 
 
+@rule("reshape", reads=("new_sizes", "dimensions"))
+@structural
 def reshape(scope: Scope, labels: np.ndarray) -> np.ndarray:
     """Labels of a reshaped value."""
-    if scope.params.get("dimensions") is not None:
-        labels = labels.transpose(scope.params["dimensions"])
-    return reshape_labels(labels, scope.shape(0), scope.out_shape())
+    shape, order = scope.shape(0), scope.params["dimensions"]
+    if order is not None:
+        labels, shape = labels.transpose(order), tuple(shape[axis] for axis in order)
+    return reshape_labels(labels, shape, scope.out_shape())
 
 
+@rule("broadcast_in_dim", reads=("shape", "broadcast_dimensions"))
+@structural
 def broadcast_in_dim(scope: Scope, labels: np.ndarray) -> np.ndarray:
     """Labels of a value with new axes."""
     shape = [1] * len(scope.out_shape())
@@ -67,6 +79,7 @@ def broadcast_in_dim(scope: Scope, labels: np.ndarray) -> np.ndarray:
     return labels.reshape(shape)
 
 
+@rule("slice", reads=("start_indices", "limit_indices", "strides"))
 def slice_(scope: Scope, scale: Scale) -> list[Terms]:
     """A slice at static positions."""
     full = scope.shape(0)
@@ -82,21 +95,28 @@ def slice_(scope: Scope, scale: Scale) -> list[Terms]:
     return [mapped(scale.terms, move)]
 
 
+@rule("squeeze", reads=("dimensions",))
+@structural
 def squeeze(scope: Scope, labels: np.ndarray) -> np.ndarray:
     """Labels without axes of size 1."""
     return labels.squeeze(tuple(scope.params["dimensions"]))
 
 
+@rule("transpose", reads=("permutation",))
+@structural
 def transpose(scope: Scope, labels: np.ndarray) -> np.ndarray:
     """Labels with permuted axes."""
     return labels.transpose(scope.params["permutation"])
 
 
+@rule("rev", reads=("dimensions",))
+@structural
 def rev(scope: Scope, labels: np.ndarray) -> np.ndarray:
     """Labels in reverse order."""
     return np.flip(labels, scope.params["dimensions"])
 
 
+@rule("pad", reads=("padding_config",))
 def pad(scope: Scope, scale: Scale, value: Scale) -> list[Terms]:
     """Padding with zeros fits every scale, padding with other constants none."""
     ndim = len(scope.out_shape())
@@ -119,6 +139,7 @@ def pad(scope: Scope, scale: Scale, value: Scale) -> list[Terms]:
     return [mapped(scale.terms, move)]
 
 
+@rule("concatenate", reads=("dimension",))
 def concatenate(scope: Scope, *scales: Scale) -> list[Terms]:
     """Values side by side."""
     axis, ndim = scope.params["dimension"], len(scope.out_shape())
@@ -169,6 +190,7 @@ def _within(terms: Terms, varied: frozenset[int], axis: int) -> Terms:
     )
 
 
+@rule("split", reads=("axis", "sizes"))
 def split(scope: Scope, scale: Scale) -> list[Terms]:
     """A value cut along an axis."""
     axis = scope.params["axis"]
@@ -183,6 +205,7 @@ def split(scope: Scope, scale: Scale) -> list[Terms]:
     return [cut(start, stop) for start, stop in zip(starts, ends, strict=True)]
 
 
+@rule("dynamic_slice", reads=("slice_sizes",))
 def dynamic_slice(scope: Scope, scale: Scale, *starts: Scale) -> list[Terms]:
     """A slice at a position that may depend on values."""
     sizes, full = scope.params["slice_sizes"], scope.shape(0)
@@ -201,6 +224,7 @@ def dynamic_slice(scope: Scope, scale: Scale, *starts: Scale) -> list[Terms]:
     return [mapped(terms, move)]
 
 
+@rule("dynamic_update_slice")
 def dynamic_update_slice(scope: Scope, scale: Scale, update: Scale, *starts: Scale) -> list[Terms]:
     """Part of a value overwritten."""
     full = scope.shape(0)
@@ -209,6 +233,11 @@ def dynamic_update_slice(scope: Scope, scale: Scale, update: Scale, *starts: Sca
     return [scope.equate(parts, len(full), "overwrites values of another scale")]
 
 
+@rule("scatter", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": None})
+@rule("scatter-add", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("add")})
+@rule("scatter-sub", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("sub")})
+@rule("scatter-max", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("max")})
+@rule("scatter-min", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("min")})
 def scatter(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[Terms]:
     """Values written or added at positions that depend on values."""
     numbers, full = scope.params["dimension_numbers"], scope.shape(0)
@@ -229,6 +258,13 @@ def scatter(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[T
     return [scope.equate(parts, len(full), "joins values of another scale")]
 
 
+@rule(
+    "gather",
+    reads=(
+        *("dimension_numbers", "slice_sizes", "indices_are_sorted", "mode", "unique_indices"),
+        "fill_value",
+    ),
+)
 def gather(scope: Scope, scale: Scale, indices: Scale) -> list[Terms]:
     """Values taken at given positions."""
     numbers = scope.params["dimension_numbers"]
@@ -236,6 +272,9 @@ def gather(scope: Scope, scale: Scale, indices: Scale) -> list[Terms]:
     batching = tuple(getattr(numbers, "operand_batching_dims", ()))
     indexed = [a for a, n in enumerate(sizes) if n < full[a] or a in batching]
     known = scope.constant(1)
+    if not _fill_fits(scope.params["fill_value"]) and not _inside(scope, known):
+        scope.pin(scale, because="fills in a constant that fixes the scale")
+        return [()]
     if known is not None and varies(scale.terms, indexed):
         scope.index(scale, indexed if known[..., 0].size == 1 else ())
         return [mapped(scale.terms, lambda x: _gather_labels(scope, x, known, indexed))]
@@ -249,6 +288,20 @@ def gather(scope: Scope, scale: Scale, indices: Scale) -> list[Terms]:
         return labels.reshape(shape)
 
     return [mapped(terms, move)]
+
+
+def _fill_fits(value: Any) -> bool:
+    """Whether what stands in for entries out of bounds has every scale; None is NaN."""
+    return value is None or bool(np.asarray(value) == 0) or not np.isfinite(value)
+
+
+def _inside(scope: Scope, indices: np.ndarray | None) -> bool:
+    """Whether indices are known, and none of them is out of bounds."""
+    if indices is None:
+        return False
+    numbers, sizes = scope.params["dimension_numbers"], scope.params["slice_sizes"]
+    last = [scope.shape(0)[axis] - sizes[axis] for axis in numbers.start_index_map]
+    return bool(((indices >= 0) & (indices <= np.asarray(last))).all())
 
 
 def _gather_labels(
@@ -267,7 +320,35 @@ def _gather_labels(
     return np.asarray(moved).astype(np.int64)
 
 
-def stack(scope: Scope, scales: Sequence[Scale], ndim: int) -> Terms:
-    """Values stacked on a new first axis."""
-    operands = [mapped(expand(scale, ndim - 1), lambda x: x[None]) for scale in scales]
-    return _joined(scope, operands, (1,) * len(operands), 0)
+def stacked_terms(scope: Scope, scales: Sequence[Scale], ndim: int, axis: int) -> Terms:
+    """Values stacked on a new axis."""
+    operands = [
+        mapped(expand(scale, ndim - 1), lambda x: np.expand_dims(x, axis)) for scale in scales
+    ]
+    return _joined(scope, operands, (1,) * len(operands), axis)
+
+
+@rule("stack", reads=("axis",))
+def stack(scope: Scope, *scales: Scale) -> list[Terms]:
+    """Values of one shape on a new axis."""
+    return [stacked_terms(scope, scales, len(scope.out_shape()), scope.params["axis"])]
+
+
+@rule("unstack", reads=("axis",))
+def unstack(scope: Scope, scale: Scale) -> list[Terms]:
+    """The slices of a value along an axis."""
+    axis = scope.params["axis"]
+    scope.index(scale, (axis,))
+
+    def taken(number: int) -> Terms:
+        return mapped(scale.terms, lambda x: x.take(min(number, x.shape[axis] - 1), axis))
+
+    return [taken(number) for number in range(len(scope.node.outputs))]
+
+
+@rule("tile", reads=("reps",))
+@structural
+def tile(scope: Scope, labels: np.ndarray) -> np.ndarray:
+    """Labels of a repeated value."""
+    repeats = scope.params["reps"]
+    return np.tile(labels, [r if n > 1 else 1 for r, n in zip(repeats, labels.shape, strict=True)])

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
+from pathcond_jax._program.primitives import Table
 from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
@@ -45,21 +47,20 @@ class Reason(NamedTuple):
 
 Rule = Callable[..., Sequence[Terms]]
 
+# How positive scales pass through each primitive.
+RULES: Table[Rule] = Table("symmetry")
+
 
 class Analysis:
     """One pass over a program: the equations so far and where they come from.
 
     Args:
-      rules: per primitive, how scales pass.
-      otherwise: the rule for primitives without one.
       leaf_shapes: the shapes of the leaves that have scales, by position.
       factors: per leaf, the sets of axes that have labels of their own.
     """
 
     def __init__(
         self,
-        rules: dict[Any, Rule],
-        otherwise: Rule,
         leaf_shapes: dict[int, tuple[int, ...]],
         factors: dict[int, set[tuple[int, ...]]],
     ) -> None:
@@ -69,7 +70,6 @@ class Analysis:
         self.factors = factors
         self.requests: list[tuple[int, tuple[int, ...]]] = []
         self.moved: set[tuple[int, tuple[int, ...]]] = set()
-        self._rules, self._otherwise = rules, otherwise
         self._constants: dict[tuple[int, int], Scale] = {}
 
     def leaf(self, number: int) -> Scale:
@@ -81,6 +81,17 @@ class Analysis:
             full = [shape[a] if a in axes else 1 for a in range(len(shape))]
             terms.append(Term(1.0, labels.reshape(full)))
         return Scale(tuple(terms))
+
+    def mark(self) -> tuple[Any, ...]:
+        """How far the analysis is, for :meth:`forget`."""
+        return (self.equations.mark(), len(self.reasons), len(self.requests), frozenset(self.moved))
+
+    def forget(self, mark: tuple[Any, ...]) -> None:
+        """Undoes what happened since ``mark``."""
+        equations, reasons, requests, moved = mark
+        self.equations.forget(equations)
+        del self.reasons[reasons:], self.requests[requests:]
+        self.moved = set(moved)
 
     def because(self, text: str, node: Node | None) -> int:
         """The number of a reason, by which equations remember it."""
@@ -99,8 +110,7 @@ class Analysis:
         for node in graph.nodes:
             inputs = [read(i) for i in node.inputs]
             scope = Scope(self, graph, node)
-            rule = self._rules.get(node.primitive, self._otherwise)
-            for number, terms in zip(node.outputs, rule(scope, *inputs), strict=True):
+            for number, terms in zip(node.outputs, _passed(scope, inputs), strict=True):
                 env[number] = scope.settle(inputs, number, terms)
         return [read(i) for i in graph.outputs]
 
@@ -172,11 +182,11 @@ class Scope:
         """New labels, unknown log-scales."""
         return self.analysis.equations.new(shape)
 
-    def pin(self, *scales: Scale) -> None:
+    def pin(self, *scales: Scale, because: str = "does not let a scale pass") -> None:
         """Demands that values keep their scale."""
         for scale in scales:
             for group in connected(scale.terms):
-                self.require(group, "does not let a scale pass")
+                self.require(group, because)
 
     def leaf_blocks(self, term: Term) -> list[tuple[int, tuple[int, ...]]]:
         """The leaves, and sets of their axes, whose labels a term has."""
@@ -316,6 +326,42 @@ class Scope:
             )
             because = self.analysis.because(text, cause)
         return mapped(self.along(terms, summed, because), lambda x: x.squeeze(summed))
+
+
+def pin(scope: Scope, *scales: Scale, because: str = "does not let a scale pass") -> list[Terms]:
+    """What is always sound: what an operation reads keeps its scale."""
+    scope.pin(*scales, because=because)
+    return [()] * len(scope.node.outputs)
+
+
+def _passed(scope: Scope, scales: Sequence[Scale]) -> Sequence[Terms]:
+    """The scales of an operation's results, by its rule if that holds; no error leaves it."""
+    node, rule = scope.node, RULES.get(scope.node.primitive)
+    if rule is None:
+        return pin(scope, *scales)
+    if node.effect:
+        return pin(scope, *scales, because="has effects that are not followed")
+    objection = rule.objection(node.params)
+    if objection:
+        return pin(scope, *scales, because=objection)
+    try:
+        found = rule.function(scope, *scales)
+        for k, terms in enumerate(found):
+            _check_shapes(terms, scope.out_shape(k))
+    except Exception as error:
+        because = failure(error)
+        warn_of_failure(node, because)
+        return pin(scope, *scales, because=because)
+    return found
+
+
+def _check_shapes(terms: Terms, shape: tuple[int, ...]) -> None:
+    for term in terms:
+        sizes = term.labels.shape
+        if len(sizes) != len(shape) or any(
+            n not in (1, m) for n, m in zip(sizes, shape, strict=True)
+        ):
+            raise ValueError(f"labels of shape {sizes} for a value of shape {shape}")
 
 
 def varies(terms: Iterable[Term], axes: Iterable[int]) -> bool:

@@ -92,7 +92,7 @@ MATRICES = {"w": np.ones((3, 4), np.float32), "v": np.ones((4, 2), np.float32)}
         (lambda x: jnp.minimum(x, 1.0), "min"),
         (lambda x: jnp.where(x > 1.0, x, 0.0), "gt"),
         (lambda x: x + 1.0, "add"),
-        (lambda x: lax.while_loop(lambda y: y.sum() < 0, lambda y: y + 1, x), "while"),
+        (lambda x: lax.while_loop(lambda y: y.sum() < 0, lambda y: y + 1, x), "add"),
         (lambda x: jnp.linalg.cholesky(x.T @ x), "cholesky"),
         (lambda x: x / (jnp.linalg.norm(x) + 1e-6), "add"),
     ],
