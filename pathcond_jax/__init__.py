@@ -4,6 +4,7 @@ from pathcond_jax import criteria
 from pathcond_jax._action.check import check_spec
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
+from pathcond_jax._front.extend import Operation, Operations, operations, register_rule
 from pathcond_jax._front.init import conditioned_init, conditioned_nnx
 from pathcond_jax._front.nnx import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax._front.report import Report, Representative, report
@@ -48,6 +49,8 @@ __all__ = [
     "Leaf",
     "NeuronGroup",
     "NotPathLiftableError",
+    "Operation",
+    "Operations",
     "Pinned",
     "Report",
     "Representative",
@@ -77,11 +80,13 @@ __all__ = [
     "nnx_spec",
     "nnx_variables",
     "num_conservation_laws",
+    "operations",
     "order_and_dependence",
     "path_norm",
     "ptft_penalty",
     "recondition",
     "reconditioned",
+    "register_rule",
     "relu_finetuning_penalty",
     "report",
     "rescale",

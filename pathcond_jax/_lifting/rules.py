@@ -28,6 +28,7 @@ from pathcond_jax._lifting.values import (
     signals_of,
     unliftable,
 )
+from pathcond_jax._program import kinds
 from pathcond_jax._program.control_flow import SCAN_PARAMETERS, read_scan
 from pathcond_jax._program.graph import Node
 from pathcond_jax._program.primitives import SCATTER_PARAMETERS, find, runs_only
@@ -460,3 +461,25 @@ def _along_steps(lifting: Lifting, values: Sequence[Value]) -> Value:
     if coefficients is not None and not any(value.trainable for value in coefficients):
         return Coefficient(jnp.stack([jnp.asarray(value.raw) for value in coefficients]))
     return _joined(lifting, call(_expanded, axis=0), values)
+
+
+_ONE_WEIGHT = {"cos", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "sin", "tanh"}
+_WITHOUT = (set(kinds.ELEMENTWISE) - _ONE_WEIGHT) | {"atan2", "clamp", "rem"}
+
+RULES.no_rule("it is not linear", *_WITHOUT)
+RULES.no_rule("a factorization mixes all entries", *kinds.FACTORIZATIONS)
+RULES.no_rule("integers and bits are on no path", *kinds.BITS)
+RULES.no_rule("what is drawn is on no path", *kinds.RANDOM)
+RULES.no_rule("other devices take part", *kinds.COLLECTIVES)
+RULES.no_rule("it is there for its effects", *kinds.EFFECTS)
+RULES.no_rule("it multiplies entries of one value with each other", *kinds.PRODUCTS)
+RULES.no_rule("it runs a program that its caller gives", *kinds.INNER_PROGRAMS)
+RULES.no_rule("it occurs in derivatives only", *kinds.DERIVATIVES)
+RULES.no_rule("paths have real weights", "complex", "conj", "fft", "imag", "real")
+RULES.no_rule(
+    "the path that an entry takes depends on the input",
+    *("approx_top_k", "cummax", "cummin", "scatter-max", "scatter-min", "sort", "top_k"),
+)
+RULES.no_rule("the operations that run depend on the input", "cond", "while")
+RULES.no_rule("total orders occur in sorting only", "eq_to", "le_to", "lt_to")
+RULES.no_rule("JAX writes it as an addition of the negative", "scatter-sub")

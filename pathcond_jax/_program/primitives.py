@@ -27,11 +27,19 @@ _PLACEMENT = frozenset({"accuracy", "out_sharding", "precision", "sharding"})
 
 # Names that some supported versions of JAX lack, and which.
 ABSENT = {
+    "call": "called eval_jaxpr since JAX 0.12",
+    "closed_call": "called eval_jaxpr since JAX 0.12",
+    "empty2": "new in JAX 0.8",
+    "eval_jaxpr": "called call and closed_call before JAX 0.12",
+    "get": "exported since JAX 0.8",
+    "log2": "new in JAX 0.12",
+    "one_minus_square": "new in JAX 0.12",
+    "polynomial": "new in JAX 0.12",
     "stack": "jnp.stack is made of broadcast_in_dim and concatenate before JAX 0.8",
+    "swap": "exported since JAX 0.8",
     "tile": "jnp.tile is made of broadcast_in_dim and reshape before JAX 0.8",
     "unstack": "jnp.unstack is made of split and squeeze before JAX 0.8",
-    "closed_call": "called eval_jaxpr since JAX 0.12",
-    "eval_jaxpr": "called closed_call before JAX 0.12",
+    "xla_pmap": "gone since JAX 0.8",
 }
 
 
@@ -73,7 +81,9 @@ def _traced_primitives() -> Iterator[Any]:
         yield from (eqn.primitive for eqn in jax.make_jaxpr(program)(x).jaxpr.eqns)
 
 
-_CALLS = (*("jit", "custom_jvp_call", "custom_vjp_call", "closed_call", "eval_jaxpr", "remat2"),)
+_CALLS = (
+    *("jit", "custom_jvp_call", "custom_vjp_call", "call", "closed_call", "eval_jaxpr", "remat2"),
+)
 
 
 @functools.cache

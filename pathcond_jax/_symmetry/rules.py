@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._program import kinds
 from pathcond_jax._symmetry import structural_rules
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.values import (
@@ -56,7 +57,7 @@ def _additive(scope: Scope, *scales: Scale) -> list[Terms]:
     return [_alike(scope, scales)]
 
 
-@rule("eq", "ne", "ge", "gt", "le", "lt", "atan2")
+@rule("eq", "ne", "ge", "gt", "le", "lt", "eq_to", "le_to", "lt_to", "atan2")
 def _compared(scope: Scope, *scales: Scale) -> list[Terms]:
     _alike(scope, scales)
     return [()]
@@ -253,3 +254,15 @@ def _cond(scope: Scope, which: Scale, *operands: Scale) -> list[Terms]:
         scope.equate(outcome, len(scope.out_shape(k)), "chooses between values of several scales")
         for k, outcome in enumerate(zip(*results, strict=True))
     ]
+
+
+RULES.no_rule("no power of a positive scale comes out of it", *kinds.ELEMENTWISE)
+RULES.no_rule("a factorization mixes all entries", *kinds.FACTORIZATIONS)
+RULES.no_rule("integers and bits have no scale", *kinds.BITS)
+RULES.no_rule("what is drawn has no scale", *kinds.RANDOM)
+RULES.no_rule("other devices take part", *kinds.COLLECTIVES)
+RULES.no_rule("it is there for its effects", *kinds.EFFECTS)
+RULES.no_rule("it multiplies entries of one value with each other", *kinds.PRODUCTS)
+RULES.no_rule("it runs a program that its caller gives", *kinds.INNER_PROGRAMS)
+RULES.no_rule("it occurs in derivatives only", *kinds.DERIVATIVES)
+RULES.no_rule("other scales may choose other entries", "approx_top_k")
