@@ -7,6 +7,7 @@ function of them: it multiplies signals, and starts paths of its own where it is
 Every sum and product is recorded, so that one reverse sweep gives all derivatives.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,7 @@ from pathcond_jax._lifting.values import (
 )
 from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
-from pathcond_jax._program.primitives import Table
+from pathcond_jax._program.primitives import Table, find
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.extended_range import Scaled
 from pathcond_jax._spec.types import SpecError
@@ -50,6 +51,9 @@ Rule = Callable[["Lifting", Node, list[Value]], Sequence[Value]]
 RULES: Table[Rule] = Table("lifting")
 
 _MULTIPLES_IN_A_ROW = 3
+
+# What makes slopes of gates that are on or off.
+_CHOICE, _ADDITION = find("select_n"), find("add")
 
 
 class Lifting:
@@ -134,10 +138,20 @@ class Lifting:
         known = coefficients_of(inputs)
         if known is not None and not any(value.trainable for value in known):
             return [Coefficient(raw) for raw in evaluate(node, known)]
-        if known is None and not signals_of(inputs) and not any(map(is_trainable, inputs)):
-            switch = all(value.switch for value in inputs if isinstance(value, Gate))
+        on_no_path = not signals_of(inputs) and not any(map(is_trainable, inputs))
+        if known is None and on_no_path and node.primitive is not _CHOICE:
+            gates = [value for value in inputs if isinstance(value, Gate)]
+            bases = {gate.base for gate in gates}
+            made = Gate(
+                all(gate.switch for gate in gates),
+                bases.pop() if len(bases) == 1 else None,
+                any(gate.slope for gate in gates) or node.primitive is _ADDITION,
+            )
             dtypes = [graph.avals[number].dtype for number in node.outputs]
-            return [Gate(switch or dtype == np.bool_) for dtype in dtypes]
+            return [
+                dataclasses.replace(made, switch=made.switch or dtype == np.bool_)
+                for dtype in dtypes
+            ]
         rule = RULES.get(node.primitive)
         if rule is not None and not node.effect and not rule.objection(node.params):
             try:

@@ -229,6 +229,8 @@ def _gated(node: Node, inputs: list[Value]) -> Value:
     signals = signals_of(inputs)
     if not signals:
         raise unliftable(node, "multiplies values that depend on the input in different ways")
+    if any(gate.slope and not _decides(gate, signals) for gate in gates):
+        raise unliftable(node, "gives a signal slopes that another signal chooses")
     return signals[0]
 
 
@@ -299,15 +301,39 @@ def _select(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value
     if isinstance(which, Coefficient):
         _no_gates(node, cases)
         return [_joined(lifting, call(_chosen), cases, (which.raw,))]
+    base = which.base if isinstance(which, Gate) else None
     if coefficients is not None:
         # A slope, as in x · where(x > 0, 1, a).
-        return [Gate()]
+        return [Gate(True, base, not _is_on_or_off(coefficients))]
+    if not signals_of(cases):
+        return [Gate(all(v.switch for v in inputs if isinstance(v, Gate)), None, True)]
     _no_gates(node, cases)
-    shared = _common_base(signals_of(cases))
+    signals = signals_of(cases)
+    shared = _common_base(signals)
     others = [value for value in cases if not isinstance(value, Signal)]
     if shared is None or not all(_is_zero(value) for value in others):
         raise unliftable(node, "chooses by the input between values that are no multiples of it")
+    if len(set(signals)) > 1 and not _decides(Gate(True, base), signals):
+        raise unliftable(node, "chooses between multiples of a signal by another signal")
     return [shared]
+
+
+def _decides(gate: Gate, signals: Sequence[Signal]) -> bool:
+    """Whether a gate follows the sign of what the signals are multiples of."""
+    return gate.base is not None and all(_root(signal) is gate.base for signal in signals)
+
+
+def _root(signal: Signal) -> Signal:
+    """What a signal is a multiple of in the end."""
+    return signal.multiple_of[-1] if signal.multiple_of else signal
+
+
+def _is_on_or_off(cases: Sequence[Coefficient]) -> bool:
+    """Whether coefficients are known, and each is 0 or one number."""
+    if any(case.trainable or is_traced(case.raw) for case in cases):
+        return False
+    values = np.concatenate([np.ravel(np.asarray(case.raw)) for case in cases])
+    return len(np.unique(values[values != 0])) <= 1
 
 
 def _joined(
@@ -326,7 +352,10 @@ def _compared(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Val
     coefficients = coefficients_of(inputs)
     if coefficients is not None:
         return [Coefficient(raw) for raw in evaluate(node, coefficients)]
-    return [Gate()] * len(node.outputs)
+    roots = {_root(signal) for signal in signals_of(inputs)}
+    others = [value for value in inputs if not isinstance(value, Signal)]
+    known = len(roots) == 1 and all(map(_is_zero, others))
+    return [Gate(True, roots.pop() if known else None)] * len(node.outputs)
 
 
 @rule("reduce_max", "reduce_min", reads=("axes",))
@@ -456,7 +485,7 @@ def _entry(value: jax.Array, k: int) -> jax.Array:
 def _along_steps(lifting: Lifting, values: Sequence[Value]) -> Value:
     gates = [value for value in values if isinstance(value, Gate)]
     if gates:
-        return Gate(all(gate.switch for gate in gates))
+        return Gate(all(gate.switch for gate in gates), None, any(gate.slope for gate in gates))
     coefficients = coefficients_of(values)
     if coefficients is not None and not any(value.trainable for value in coefficients):
         return Coefficient(jnp.stack([jnp.asarray(value.raw) for value in coefficients]))

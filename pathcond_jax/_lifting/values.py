@@ -61,10 +61,15 @@ class Gate:
     """A value that depends on the input but is no sum over paths.
 
     Attributes:
-      switch: whether it is piecewise constant, as x > 0 is: the slope of an activation.
+      switch: whether it is piecewise constant, as x > 0 is.
+      base: the signal whose sign alone decides it. A gate that follows anything else may switch
+        other signals on and off, but is no slope of theirs.
+      slope: whether it has other values than one number and 0, as 1 and a in where(x > 0, 1, a).
     """
 
     switch: bool = True
+    base: Signal | None = None
+    slope: bool = False
 
 
 Value = Coefficient | Signal | Gate

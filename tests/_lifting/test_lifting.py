@@ -570,3 +570,41 @@ def test_no_path_lifting(apply_fn, operation):
             figure(params, spec)
         assert error.match(rf"({operation}).* at test_lifting.py:{line} \({apply_fn.__name__}\)")
         assert error.match("criterion")
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda h, a: jnp.where(a > 0, 5 * h, h),
+        lambda h, a: h * jnp.where(a > 0, 5.0, 1.0),
+    ],
+)
+def test_slopes_that_another_signal_chooses_are_no_activation(activation):
+    params = {"w": jnp.ones((2, 3)), "u": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+
+    def apply_fn(params, x):
+        return activation(jax.nn.relu(x @ params["w"]), x @ params["u"]) @ params["v"]
+
+    spec = pathcond.trace_spec(apply_fn, params, jnp.ones((1, 2)))
+    with pytest.raises(pathcond.NotPathLiftableError, match="another signal"):
+        pathcond.path_norm(params, spec)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda h, a: jnp.where(h > 0, 5 * h, h),
+        lambda h, a: h * jnp.where(h > 0, 5.0, 1.0),
+        lambda h, a: h * (a > 0).astype(h.dtype),
+        lambda h, a: jnp.where(a > 0, h, 0.0),
+        lambda h, a: 2.0 * h * jnp.where(2.0 * h < 0, 0.1, 1.0) / 2.0,
+    ],
+)
+def test_own_slopes_and_gates_of_others_are(activation):
+    params = {"w": jnp.ones((2, 3)), "u": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+
+    def apply_fn(params, x):
+        return activation(x @ params["w"], x @ params["u"]) @ params["v"]
+
+    spec = pathcond.trace_spec(apply_fn, params, jnp.ones((1, 2)))
+    assert pathcond.path_norm(params, spec, order=1) == 6
