@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._spec.arrays import compute_dtype
-from pathcond_jax._spec.extended_range import power_of_two
+from pathcond_jax._spec.extended_range import times_power_of_two
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
@@ -48,8 +48,7 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
     """
     values = match_leaves(spec, params)
     checked = _checked(log_scales, spec)
-    met = {i.path for group in spec.groups for i in (*group.incoming, *group.outgoing)}
-    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in met]
+    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in spec.rescaled_paths]
     rescaled = _rescaled([values[k] for k in positions], checked, spec=spec.symmetry, power=power)
     for k, value in zip(positions, rescaled, strict=True):
         values[k] = value
@@ -211,11 +210,4 @@ def _multiplied(value: jax.Array, factors: Sequence[_Factor]) -> jax.Array:
     for factor in factors[1:]:
         mantissa = mantissa * factor.mantissa.astype(dtype)
         exponent = exponent + factor.exponent
-    # In two steps, for factors outside of the range of the dtype; neither is 0 or infinite.
-    info = jnp.finfo(dtype)
-    half = lax.shift_right_arithmetic(exponent, np.int32(1))
-    product = value.astype(dtype) * mantissa
-    for part in (half, exponent - half):
-        normal = lax.clamp(np.int32(info.minexp), part, np.int32(info.maxexp - 1))
-        product = product * power_of_two(normal, dtype)
-    return product.astype(value.dtype)
+    return times_power_of_two(value.astype(dtype) * mantissa, exponent).astype(value.dtype)
