@@ -135,23 +135,23 @@ class Rule:
                 self._spec.leaves, match(self._spec, tree, "params"), strict=True
             ):
                 dtype = jnp.result_type(value)
-                if (
-                    self._rounding is None
-                    and leaf.path in self._spec.rescaled_paths
-                    and _is_low(dtype)
-                ):
+                if self._rounding is None and leaf.path in self._met and _is_low(dtype):
                     raise SpecError(
                         f"{self._name}: {leaf.path!r} has dtype {dtype}, in which an update that "
                         "rescales is not exact; call condition between steps instead, or pass "
                         'rounding="power_of_two"'
                     )
 
+    @property
+    def _met(self) -> frozenset[str]:
+        return self._spec.rescaled_paths
+
     def _emitted_dtypes(self, updates: PyTree, params: PyTree) -> PyTree:
         """Wide enough for q - p, the same whether due or not; leaves of no neuron keep theirs."""
 
         def dtype(leaf: Any, u: Any, p: Any) -> Any:
             here, there = jnp.result_type(u), jnp.result_type(p)
-            return compute_dtype(here, there) if leaf.path in self._spec.rescaled_paths else here
+            return compute_dtype(here, there) if leaf.path in self._met else here
 
         leaves = jax.tree.unflatten(self._spec.treedef, self._spec.leaves)
         return jax.tree.map(dtype, _like(params, [leaves] * len(_copies(params))), updates, params)
