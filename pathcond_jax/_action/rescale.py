@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._solve.solution import Solution, log_scales_of
+from pathcond_jax._spec.arrays import compute_dtype, widened
 from pathcond_jax._spec.extended_range import times_power_of_two
+from pathcond_jax._spec.log_scales import LogScales as LogScales
+from pathcond_jax._spec.log_scales import by_group, concatenated
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 
-LogScales = tuple[jax.Array, ...]
 
-
-def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int = 1) -> PyTree:
+def rescale(
+    params: PyTree, spec: ArchSpec, log_scales: LogScales | Solution, *, power: int = 1
+) -> PyTree:
     """The group action: incoming entries × e^z, outgoing entries ÷ e^z.
 
     The network's function does not change. In floating point it does by rounding; with scales
@@ -27,7 +30,7 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
     Args:
       params: the parameters the spec was built for, or anything of their shapes.
       spec: the architecture.
-      log_scales: one array ``(group.size,)`` per group of the spec.
+      log_scales: one array ``(group.size,)`` per group of the spec; or a solution, for its.
       power: 1 for parameters and tangents (updates, averages), -1 for gradients and their first
         moments, -2 for second moments: each entry is multiplied by its factor to this power.
 
@@ -130,10 +133,11 @@ def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:
     z = jnp.asarray(z)
     if not jnp.issubdtype(z.dtype, jnp.floating):
         raise SpecError(f"{what} have dtype {z.dtype}; floats are needed")
-    return z.astype(compute_dtype(z.dtype))
+    return widened(z)
 
 
-def _checked(log_scales: LogScales, spec: ArchSpec) -> list[jax.Array]:
+def _checked(log_scales: LogScales | Solution, spec: ArchSpec) -> list[jax.Array]:
+    log_scales = log_scales_of(log_scales)
     if not isinstance(log_scales, (tuple, list)):
         raise SpecError(
             "log_scales must be a tuple with one array per group, not of type "
@@ -164,10 +168,10 @@ def _factors(log_scales: list[jax.Array], power: int) -> list[list[_Factor]]:
         return [[], []]
     # All groups at once, which XLA compiles much faster than one after the other.
     dtype = compute_dtype(*(z.dtype for z in log_scales))
-    all_groups = _factor(jnp.concatenate([z.astype(dtype) for z in log_scales]))
-    ends = np.cumsum([z.size for z in log_scales])[:-1]
+    all_groups = _factor(concatenated(log_scales, dtype))
+    sizes = [z.size for z in log_scales]
     return [
-        [_Factor(*parts) for parts in zip(*(jnp.split(a, ends) for a in factor), strict=True)]
+        [_Factor(*parts) for parts in zip(*(by_group(a, sizes) for a in factor), strict=True)]
         for factor in (_to_power(all_groups, power), _to_power(all_groups, -power))
     ]
 
