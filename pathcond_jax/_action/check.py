@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._action.rescale import LogScales, rescale
+from pathcond_jax._action.rescale import rescale
+from pathcond_jax._spec.log_scales import LogScales, by_group
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -55,8 +56,7 @@ def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogS
     """Log-scales drawn from N(0, 1), one array per group."""
     # All at once: each shape that is drawn would be compiled apart.
     drawn = jax.random.normal(key, (spec.num_neurons,), dtype or jnp.zeros(()).dtype)
-    ends = np.cumsum([group.size for group in spec.groups], dtype=int)
-    return tuple(jnp.split(drawn, ends)[:-1])
+    return by_group(drawn, [group.size for group in spec.groups])
 
 
 def _relative_change(before: jax.Array, after: jax.Array) -> float:

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._spec.arrays import compute_dtype
-from pathcond_jax._spec.extended_range import power_of_two
+from pathcond_jax._solve.solution import Solution, log_scales_of
+from pathcond_jax._spec.arrays import compute_dtype, widened
+from pathcond_jax._spec.extended_range import times_power_of_two
+from pathcond_jax._spec.log_scales import LogScales as LogScales
+from pathcond_jax._spec.log_scales import by_group, concatenated
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 
-LogScales = tuple[jax.Array, ...]
 
-
-def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int = 1) -> PyTree:
+def rescale(
+    params: PyTree, spec: ArchSpec, log_scales: LogScales | Solution, *, power: int = 1
+) -> PyTree:
     """The group action: incoming entries × e^z, outgoing entries ÷ e^z.
 
     The network's function does not change. In floating point it does by rounding; with scales
@@ -27,7 +30,7 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
     Args:
       params: the parameters the spec was built for, or anything of their shapes.
       spec: the architecture.
-      log_scales: one array ``(group.size,)`` per group of the spec.
+      log_scales: one array ``(group.size,)`` per group of the spec; or a solution, for its.
       power: 1 for parameters and tangents (updates, averages), -1 for gradients and their first
         moments, -2 for second moments: each entry is multiplied by its factor to this power.
 
@@ -48,8 +51,7 @@ def rescale(params: PyTree, spec: ArchSpec, log_scales: LogScales, *, power: int
     """
     values = match_leaves(spec, params)
     checked = _checked(log_scales, spec)
-    met = {i.path for group in spec.groups for i in (*group.incoming, *group.outgoing)}
-    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in met]
+    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in spec.rescaled_paths]
     rescaled = _rescaled([values[k] for k in positions], checked, spec=spec.symmetry, power=power)
     for k, value in zip(positions, rescaled, strict=True):
         values[k] = value
@@ -131,10 +133,11 @@ def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:
     z = jnp.asarray(z)
     if not jnp.issubdtype(z.dtype, jnp.floating):
         raise SpecError(f"{what} have dtype {z.dtype}; floats are needed")
-    return z.astype(compute_dtype(z.dtype))
+    return widened(z)
 
 
-def _checked(log_scales: LogScales, spec: ArchSpec) -> list[jax.Array]:
+def _checked(log_scales: LogScales | Solution, spec: ArchSpec) -> list[jax.Array]:
+    log_scales = log_scales_of(log_scales)
     if not isinstance(log_scales, (tuple, list)):
         raise SpecError(
             "log_scales must be a tuple with one array per group, not of type "
@@ -165,10 +168,10 @@ def _factors(log_scales: list[jax.Array], power: int) -> list[list[_Factor]]:
         return [[], []]
     # All groups at once, which XLA compiles much faster than one after the other.
     dtype = compute_dtype(*(z.dtype for z in log_scales))
-    all_groups = _factor(jnp.concatenate([z.astype(dtype) for z in log_scales]))
-    ends = np.cumsum([z.size for z in log_scales])[:-1]
+    all_groups = _factor(concatenated(log_scales, dtype))
+    sizes = [z.size for z in log_scales]
     return [
-        [_Factor(*parts) for parts in zip(*(jnp.split(a, ends) for a in factor), strict=True)]
+        [_Factor(*parts) for parts in zip(*(by_group(a, sizes) for a in factor), strict=True)]
         for factor in (_to_power(all_groups, power), _to_power(all_groups, -power))
     ]
 
@@ -211,11 +214,4 @@ def _multiplied(value: jax.Array, factors: Sequence[_Factor]) -> jax.Array:
     for factor in factors[1:]:
         mantissa = mantissa * factor.mantissa.astype(dtype)
         exponent = exponent + factor.exponent
-    # In two steps, for factors outside of the range of the dtype; neither is 0 or infinite.
-    info = jnp.finfo(dtype)
-    half = lax.shift_right_arithmetic(exponent, np.int32(1))
-    product = value.astype(dtype) * mantissa
-    for part in (half, exponent - half):
-        normal = lax.clamp(np.int32(info.minexp), part, np.int32(info.maxexp - 1))
-        product = product * power_of_two(normal, dtype)
-    return product.astype(value.dtype)
+    return times_power_of_two(value.astype(dtype) * mantissa, exponent).astype(value.dtype)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pathcond_jax._action.condition import condition
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._spec.spec import ArchSpec
-from pathcond_jax._spec.types import PyTree
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax._symmetry.trace import trace_spec
 
 if TYPE_CHECKING:
@@ -70,21 +70,25 @@ def nnx_spec(model: "nnx.Module", *inputs: PyTree, **options: Any) -> ArchSpec:
 
 
 def condition_nnx(
-    model: "nnx.Module", *inputs: PyTree, spec: ArchSpec | None = None, **options: Any
+    model: "nnx.Module", *inputs: Any, spec: ArchSpec | None = None, **options: Any
 ) -> Solution:
     """Moves the parameters of a Flax nnx module to the best representative of its function.
 
+    Two ways to call it: ``condition_nnx(model, *inputs)`` traces the module, and
+    ``condition_nnx(model, spec)``, like ``condition(params, spec)``, has it done already.
+
     Args:
       model: the module; its ``nnx.Param`` variables are updated in place.
-      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; none are needed with ``spec``.
-      spec: ``nnx_spec(model, *inputs)``, to trace only once.
-      **options: of ``condition``.
+      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; or ``nnx_spec(model, *inputs)``
+        and, after it, nothing or the criterion.
+      spec: the spec, by name.
+      **options: of ``condition``: ``criterion``, ``method``, ``max_log_scale``, ``rounding``, ...
 
     Returns:
       The solution; its status says whether the parameters were finite.
 
     Raises:
-      SpecError: the network has no neuron to rescale, or ``spec`` is of another network.
+      SpecError: the network has no neuron to rescale, or the spec is of another network.
       NotPathLiftableError: the path criterion needs a network that is a sum over paths.
 
     Example:
@@ -102,10 +106,18 @@ def condition_nnx(
       >>> solution = pathcond.condition_nnx(model, x)
       >>> bool(jnp.allclose(model(x), before, atol=1e-5))
       True
+      >>> spec = pathcond.nnx_spec(model, x)
+      >>> bool(abs(pathcond.condition_nnx(model, spec).log_scales[0]).max() < 1e-3)
+      True
     """
     from flax import nnx
 
+    criterion: list[Any] = []
+    if inputs and isinstance(inputs[0], ArchSpec):
+        if spec is not None:
+            raise SpecError("condition_nnx got two specs; pass one of them")
+        spec, *criterion = inputs
     spec = nnx_spec(model, *inputs) if spec is None else spec
-    conditioned, solution = condition(nnx_variables(model), spec, **options)
+    conditioned, solution = condition(nnx_variables(model), spec, *criterion, **options)
     nnx.update(model, conditioned["params"])
     return solution

@@ -91,6 +91,7 @@ def report(
         a/w                   11.3, 8    5.66, 4
         b/w                   2.83, 2    5.66, 4
     """
+    match_leaves(spec, params)
     columns = [_represent("as is", "", 0.0, params, spec)]
     for criterion in criteria:
         try:

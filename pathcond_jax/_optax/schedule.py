@@ -142,10 +142,9 @@ class Rule:
                         'rounding="power_of_two"'
                     )
 
-    @functools.cached_property
-    def _met(self) -> set[str]:
-        groups = self._spec.groups
-        return {i.path for group in groups for i in (*group.incoming, *group.outgoing)}
+    @property
+    def _met(self) -> frozenset[str]:
+        return self._spec.rescaled_paths
 
     def _emitted_dtypes(self, updates: PyTree, params: PyTree) -> PyTree:
         """Wide enough for q - p, the same whether due or not; leaves of no neuron keep theirs."""

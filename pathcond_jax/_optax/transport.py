@@ -137,7 +137,6 @@ def transport(state: PyTree, spec: ArchSpec, log_scales: LogScales, buffers: Buf
 
 def _find(inner: optax.GradientTransformation, spec: ArchSpec) -> list[_Found]:
     """Arrays of the state whose key path contains the path of a parameter that is rescaled."""
-    met = {i.path for group in spec.groups for i in (*group.incoming, *group.outgoing)}
     structs = parameter_shapes(spec)
     keys = {path: k for k, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(structs)[0])}
     state = _state_shapes(inner, structs)
@@ -155,7 +154,7 @@ def _find(inner: optax.GradientTransformation, spec: ArchSpec) -> list[_Found]:
             continue
         _, last, start, key = max(parts, key=lambda part: part[:3])
         leaf = keys[key]
-        if spec.leaves[leaf].path in met:
+        if spec.leaves[leaf].path in spec.rescaled_paths:
             fits = last and tuple(value.shape) == spec.leaves[leaf].shape
             name = leaf_path(path[:start]) if last else leaf_path(path)
             found.append(_Found(name, leaf, path, tuple(value.shape), fits))

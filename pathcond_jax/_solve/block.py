@@ -16,7 +16,7 @@ from pathcond_jax._spec.spec import ArchSpec
 
 
 class Color(NamedTuple):
-    """Sets of groups that :func:`block` moves together, one after the other.
+    """Sets of groups that :func:`block_sweep` moves together, one after the other.
 
     Attributes:
       mask: (colors, H) booleans, their neurons.
@@ -27,7 +27,9 @@ class Color(NamedTuple):
     joined: np.ndarray
 
 
-def block(task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array) -> Run:
+def block(
+    problem: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
+) -> Run:
     """Sweeps over sets of groups, each moved to its exact joint minimum.
 
     Groups without a common entry share only S, so even and odd layers of a chain move in turn.
@@ -39,21 +41,21 @@ def block(task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol
 
     def body(state: tuple) -> tuple:
         z, _, step = state
-        moved = block_sweep(task, spec, z)
+        moved = block_sweep(problem, spec, z)
         return moved, 2 * jnp.abs(moved - z).sum(), step + 1
 
     start = (z, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     z, moved, step = lax.while_loop(unfinished, body, start)
     products = step * len(colors(spec).mask) + 1
     return Run(
-        z, step, products, moved < tol, *flat_objective.measured(task, stacks.table(spec), z)
+        z, step, products, moved < tol, *flat_objective.measured(problem, stacks.table(spec), z)
     )
 
 
-def block_sweep(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
+def block_sweep(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     """One exact minimization over each color in turn; never increases F."""
-    table, plan = stacks.table(spec), colors(spec)
-    z, _ = lax.scan(lambda z, color: (_block_step(task, table, color, z), None), z, plan)
+    table, sets = stacks.table(spec), colors(spec)
+    z, _ = lax.scan(lambda z, color: (_block_step(problem, table, color, z), None), z, sets)
     return z
 
 
@@ -83,23 +85,30 @@ def colors(spec: ArchSpec) -> Color:
         }
         group = max(taken, key=lambda k: (len(taken[k]), len(near[k]), -k))
         chosen[group] = min(set(range(count)) - taken[group])
-    kinds = sorted({(looped[k], chosen[k]) for k in range(count)})
-    mask = np.zeros((len(kinds), table.size), bool)
+    palette = sorted({(looped[k], chosen[k]) for k in range(count)})
+    mask = np.zeros((len(palette), table.size), bool)
     for k in range(count):
-        mask[kinds.index((looped[k], chosen[k])), table.starts[k] : table.starts[k + 1]] = True
-    return Color(mask, np.array([joined for joined, _ in kinds]))
+        mask[palette.index((looped[k], chosen[k])), table.starts[k] : table.starts[k + 1]] = True
+    return Color(mask, np.array([joined for joined, _ in palette]))
 
 
-def _block_step(task: Problem, table: Table, color: Color, z: jax.Array) -> jax.Array:
+def _block_step(problem: Problem, table: Table, color: Color, z: jax.Array) -> jax.Array:
     """The exact minimum over one color; of an upper bound of F if its neurons meet on edges.
+
+    Neurons that never meet share only S, which makes their joint minimum a scalar equation
+    (:func:`_together`). Neurons that do meet, on a recurrent kernel, have masses e^{s(a − b)}
+    between them and no such equation. Then S is bounded from above by a sum that separates again,
+    and the bound is minimized in place of S: a step that cannot increase F.
 
     The bound, for entries between two moving neurons, is e^{a − b} ≤ (e^{2a} + e^{−2b})/2, and
     e^a ≤ (e^{2a} + 1)/2 for the others: with Δ = δ/2, S(z + Δ) ≤ (D' + Σ_h B_h e^{sδ_h} +
-    C_h e^{−sδ_h})/2, D' = 2S − Σ_h (B_h + C_h), is separable and exact at δ = 0.
+    C_h e^{−sδ_h})/2, D' = 2S − Σ_h (B_h + C_h), is separable and exact at δ = 0. So the same
+    equation serves with D' for D, half the tilt and twice the box, and δ is twice the step: this is
+    the ``factor`` below.
     """
-    sums = flat_objective.log_sums(task, table, 0, z)
-    moving, factor = task.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
-    neurons = neurons_at(task, sums.out, sums.into, z)
+    sums = flat_objective.log_sums(problem, table, 0, z)
+    moving, factor = problem.box.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
+    neurons = neurons_at(problem, sums.out, sums.into, z)
     neurons = neurons._replace(
         tilt=neurons.tilt / factor,
         alive=moving,
@@ -109,15 +118,15 @@ def _block_step(task: Problem, table: Table, color: Color, z: jax.Array) -> jax.
     mass = jnp.where(moving, jnp.exp(sums.out) + jnp.exp(sums.into), 0).sum()
     rest = _untouched(table, moving, jnp.exp(sums.positions))
     rest = jnp.where(color.joined, jnp.maximum(2 - mass, 0), rest)
-    return task.clip(z + _together(neurons, rest) / (factor * task.exponents[0]))
+    return problem.box.clip(z + _together(neurons, rest) / (factor * problem.exponents[0]))
 
 
 def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
     """The mass of the entries that meet no moving neuron, when none meets two."""
     met = stacks.spread_any(table, moving)
-    touched = stacks.split(table, jnp.where(met, masses, 0))
-    still = stacks.split(table, jnp.where(met, 0, masses))
-    flags = stacks.split(table, met)
+    touched = stacks.split_sides(table, jnp.where(met, masses, 0))
+    still = stacks.split_sides(table, jnp.where(met, 0, masses))
+    flags = stacks.split_sides(table, met)
     rest = jnp.zeros((), masses.dtype)
     for (row_still, col_still), (_, col_met), (row_flags, col_flags) in zip(
         still, touched, flags, strict=True

@@ -4,9 +4,16 @@ The neurons of a group are visited together where no entry meets two of them: th
 of them are two matrix-vector products, and only the total S goes from one to the next. Groups
 that meet arrays of the same shapes share one compiled visit, so that the program does not grow
 with the depth of a network of equal layers.
+
+To be read in two halves. What is known before any number is: :func:`plan` finds where each group
+meets the pieces of the arrangement (:class:`Encounter`), and puts groups of one shape into a
+:class:`Family`. What is computed: :func:`coordinate` sweeps, :func:`_visit` moves one group, by
+:func:`_in_turn` or, where its neurons meet on edges, :func:`_one_by_one`; :func:`_total` is the
+paper's Lemma 4.1 for one neuron.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -23,7 +30,7 @@ from pathcond_jax._spec.spec import ArchSpec
 Integers = np.ndarray | jax.Array
 
 
-class Part(NamedTuple):
+class Site(NamedTuple):
     """The static side of an :class:`Encounter`.
 
     Attributes:
@@ -65,44 +72,37 @@ class Visit(NamedTuple):
 
     Attributes:
       start: (), integer.
-      parts: where an entry meets at most one of its neurons, so that they share only the total S.
+      apart: where an entry meets at most one of its neurons, so that they share only the total S.
       joined: where an entry may meet two of them.
     """
 
     start: Integers
-    parts: tuple[Encounter, ...]
+    apart: tuple[Encounter, ...]
     joined: tuple[Encounter, ...]
 
 
-class Kind(NamedTuple):
+class Family(NamedTuple):
     """Groups that meet arrays of the same shapes.
 
     Attributes:
       size: the size of each group.
-      parts: the static side of ``visits.parts``.
+      apart: the static side of ``visits.apart``.
       joined: the static side of ``visits.joined``.
       visits: their visits, stacked along a new first axis.
     """
 
     size: int
-    parts: tuple[Part, ...]
-    joined: tuple[Part, ...]
+    apart: tuple[Site, ...]
+    joined: tuple[Site, ...]
     visits: Visit
 
 
 class Plan(NamedTuple):
-    """A sweep: for each group in forward order its kind, and which of the kind it is."""
+    """A sweep: for each group in forward order its family, and which member of it the group is."""
 
-    kinds: tuple[Kind, ...]
-    order: np.ndarray
-    place: np.ndarray
-
-
-class View(NamedTuple):
-    """The equilibrated masses of one piece: (batch, rows, cols), and logarithms of both sides."""
-
-    values: jax.Array
-    logs: tuple[jax.Array, jax.Array]
+    families: tuple[Family, ...]
+    family: np.ndarray
+    member: np.ndarray
 
 
 class Minimum(NamedTuple):
@@ -120,27 +120,27 @@ class Minimum(NamedTuple):
 
 
 def coordinate(
-    task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
+    problem: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
 ) -> Run:
     """The paper's sweeps: every neuron in turn, in forward order, to its exact minimum.
 
     Stops when Σ|Δ(2z)| over a sweep is below ``tol``, as the authors do.
     """
     table, sweep = stacks.table(spec), plan(spec)
-    views = _stacks(task.masses[0], table)
-    sums = flat_objective.log_sums(task, table, 0, z)
+    masses = _by_stack(problem.masses[0], table)
+    sums = flat_objective.log_sums(problem, table, 0, z)
     rows = sums.positions[np.flatnonzero(table.is_row)] + sums.total
     owners = [np.full(p.shape[0] * p.shape[1], k) for k, p in enumerate(table.pieces)]
     totals = stacks.segment_logsumexp(rows, np.concatenate(owners), len(owners))
-    branches = [functools.partial(_visit, task, views, kind) for kind in sweep.kinds]
+    branches = [functools.partial(_visit, problem, masses, family) for family in sweep.families]
 
     def visit(carry: tuple, which: tuple) -> tuple:
-        kind, place = which
-        return lax.switch(kind, branches, place, *carry), None
+        family, member = which
+        return lax.switch(family, branches, member, *carry), None
 
     def body(state: tuple) -> tuple:
         before, totals, _, step = state
-        (z, totals), _ = lax.scan(visit, (before, totals), (sweep.order, sweep.place))
+        (z, totals), _ = lax.scan(visit, (before, totals), (sweep.family, sweep.member))
         return z, totals, 2 * jnp.abs(z - before).sum(), step + 1
 
     def unfinished(state: tuple) -> jax.Array:
@@ -148,15 +148,15 @@ def coordinate(
 
     start = (z, totals, jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32))
     z, _, moved, step = lax.while_loop(unfinished, body, start)
-    return Run(z, step, step + 2, moved < tol, *flat_objective.measured(task, table, z))
+    return Run(z, step, step + 2, moved < tol, *flat_objective.measured(problem, table, z))
 
 
 @functools.lru_cache(maxsize=64)
 def plan(spec: ArchSpec) -> Plan:
-    """Where each group meets the pieces, groups of one kind together."""
+    """Where each group meets the pieces, groups of one family together."""
     table = stacks.table(spec)
     met = _encounters(table)
-    parts = [(tuple(p for p, _ in apart), tuple(p for p, _ in joined)) for apart, joined in met]
+    sites = [(tuple(p for p, _ in apart), tuple(p for p, _ in joined)) for apart, joined in met]
     visits = [
         Visit(np.asarray(start, np.uint32), *(tuple(e for _, e in found) for found in pair))
         for start, pair in zip(table.starts, met, strict=False)
@@ -164,16 +164,16 @@ def plan(spec: ArchSpec) -> Plan:
     members: dict[object, list[int]] = {}
     for k, group in enumerate(spec.groups):
         shapes = [np.shape(array) for array in jax.tree.leaves(visits[k])]
-        members.setdefault((group.size, parts[k], *shapes), []).append(k)
-    kinds, (order, place) = [], np.zeros((2, len(visits)), np.uint32)
+        members.setdefault((group.size, sites[k], *shapes), []).append(k)
+    families, (family, member) = [], np.zeros((2, len(visits)), np.uint32)
     for number, ks in enumerate(members.values()):
-        order[ks], place[ks] = number, np.arange(len(ks))
+        family[ks], member[ks] = number, np.arange(len(ks))
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *(visits[k] for k in ks))
-        kinds.append(Kind(spec.groups[ks[0]].size, *parts[ks[0]], stacked))
-    return Plan(tuple(kinds), order, place)
+        families.append(Family(spec.groups[ks[0]].size, *sites[ks[0]], stacked))
+    return Plan(tuple(families), family, member)
 
 
-Found = list[tuple[Part, Encounter]]
+Found = list[tuple[Site, Encounter]]
 
 
 def _encounters(table: Table) -> list[tuple[Found, Found]]:
@@ -196,8 +196,8 @@ def _encounters(table: Table) -> list[tuple[Found, Found]]:
                             *(np.asarray(place, np.uint32) for place in (number, first)),
                             *(np.asarray(array, np.int32) for array in arrays),
                         )
-                        part = Part(stack, piece.shape[0], side)
-                        by_group.setdefault(int(group), []).append((part, encounter))
+                        site = Site(stack, piece.shape[0], side)
+                        by_group.setdefault(int(group), []).append((site, encounter))
             for group, found in by_group.items():
                 met[group][len(found) > 1].extend(found)
             number, first = number + 1, first + piece.shape[0]
@@ -221,65 +221,102 @@ def _slices(segments: np.ndarray, size: int) -> np.ndarray:
     return slices.reshape(2, size, -1)
 
 
-def _stacks(masses: Masses, table: Table) -> tuple[View, ...]:
-    sides = stacks.split(table, masses.logs)
-    return tuple(View(values, logs) for values, logs in zip(masses.values, sides, strict=True))
+class Meeting(NamedTuple):
+    """An encounter with the numbers that are met.
+
+    Attributes:
+      site: its static side.
+      encounter: where neurons meet the piece.
+      values: the equilibrated masses of the piece, (batch, rows, cols).
+      logs: the logarithms of the factors of its rows and of its columns, (batch, n) each.
+    """
+
+    site: Site
+    encounter: Encounter
+    values: jax.Array
+    logs: tuple[jax.Array, jax.Array]
 
 
-def _view(views: tuple[View, ...], part: Part, met: Encounter) -> View:
+StackMasses = tuple[tuple[jax.Array, tuple[jax.Array, jax.Array]], ...]
+
+
+def _by_stack(masses: Masses, table: Table) -> StackMasses:
+    return tuple(zip(masses.values, stacks.split_sides(table, masses.logs), strict=True))
+
+
+def _meeting(masses: StackMasses, site: Site, encounter: Encounter) -> Meeting:
     def taken(array: jax.Array) -> jax.Array:
         # Without a choice, no copy.
-        if array.shape[0] == part.batch:
+        if array.shape[0] == site.batch:
             return array
-        return lax.dynamic_slice_in_dim(array, met.first, part.batch)
+        return lax.dynamic_slice_in_dim(array, encounter.first, site.batch)
 
-    values, (rows, cols) = views[part.stack]
-    return View(taken(values), (taken(rows), taken(cols)))
+    values, (rows, cols) = masses[site.stack]
+    return Meeting(site, encounter, taken(values), (taken(rows), taken(cols)))
 
 
 def _visit(
-    task: Problem,
-    views: tuple[View, ...],
-    kind: Kind,
-    place: jax.Array,
+    problem: Problem,
+    masses: StackMasses,
+    family: Family,
+    member: jax.Array,
     z: jax.Array,
     totals: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves the neurons of one group; ``totals`` holds the logarithm of each piece's sum."""
-    s, size = task.exponents[0], kind.size
+    """Moves the neurons of one group; ``totals`` holds the logarithm of each piece's sum.
+
+    A neuron's minimum depends on B, C and D, and D is all that is neither B nor C. To sum all of it
+    anew for each of H neurons would make a sweep H passes over the masses. Hence the sum of every
+    piece is carried along: a visit sums the pieces that the group meets, slice by slice, which
+    gives every B and C; D is what the other pieces hold, together with the slices here that belong
+    to none of these neurons (the last segment). Sums of positive parts only: a difference S − B − C
+    would lose all digits where one neuron dominates.
+
+    Afterwards a slice has changed by the factor of its neuron alone, so the new sums of the pieces
+    follow from the same slices, shifted. This fails where an entry meets two neurons of the group,
+    a recurrent kernel: B and C then change with every move within the visit. Such pieces are
+    ``joined``; they are visited one neuron after the other, and summed again at the end.
+    """
+    s, size = problem.exponents[0], family.size
     visit: Visit = jax.tree.map(
-        lambda a: lax.dynamic_index_in_dim(a, place, keepdims=False), kind.visits
+        lambda a: lax.dynamic_index_in_dim(a, member, keepdims=False), family.visits
     )
-    parts, joined = (
-        tuple((part, met, _view(views, part, met)) for part, met in zip(static, found, strict=True))
-        for static, found in ((kind.parts, visit.parts), (kind.joined, visit.joined))
+    apart, joined = (
+        tuple(itertools.starmap(functools.partial(_meeting, masses), zip(*found, strict=True)))
+        for found in ((family.apart, visit.apart), (family.joined, visit.joined))
     )
     total = stacks.logsumexp(totals)
-    logs = _part_logs(parts, s, z) - total
-    segments = jnp.concatenate([jnp.zeros((0,), jnp.int32), *(met.segments for met in visit.parts)])
+    logs = _all_slice_logs(apart, s, z) - total
+    segments = jnp.concatenate([jnp.zeros((0,), jnp.int32), *(met.segments for met in visit.apart)])
     sums = stacks.segment_logsumexp(logs, segments, 2 * size + 1)
-    neurons = neurons_at(task, sums[:size], sums[size:-1], z, visit.start)
-    touched = jnp.asarray([met.piece for met in visit.parts], jnp.int32)
+    neurons = neurons_at(problem, sums[:size], sums[size:-1], z, visit.start)
+    touched = jnp.asarray([met.piece for met in visit.apart], jnp.int32)
     if joined:
-        moved = _one_by_one(task, joined, neurons, total, visit.start, z)
+        moved = _one_by_one(problem, joined, neurons, total, visit.start, z)
     else:
         others = jnp.ones(totals.shape, bool).at[touched].set(False)
         rest = jnp.exp(sums[-1]) + jnp.where(others, jnp.exp(totals - total), 0).sum()
         here = lax.dynamic_slice_in_dim(z, visit.start, size)
-        here = task.clip(here + _in_turn(neurons, rest) / s)
+        here = problem.box.clip(here + _in_turn(neurons, rest) / s)
         moved = lax.dynamic_update_slice_in_dim(z, here, visit.start, 0)
     step = lax.dynamic_slice_in_dim(moved - z, visit.start, size)
     shift = s * stacks.signed(step)
-    lengths = [met.segments.size for met in visit.parts]
+    lengths = [met.segments.size for met in visit.apart]
     owners = np.repeat(np.arange(len(lengths)), lengths)
     after = stacks.segment_logsumexp(logs + shift[segments], owners, len(lengths)) + total
     totals = totals.at[touched].set(after)
-    for part, met, view in joined:
-        rows = (part._replace(side=0), met, view)
-        if part.side:
-            rows = (rows[0], met._replace(own=met.other, other=met.own), view)
-        totals = totals.at[met.piece].set(stacks.logsumexp(_part_logs((rows,), s, moved)))
+    for met in joined:
+        sum_of_rows = _all_slice_logs((_seen_from_rows(met),), s, moved)
+        totals = totals.at[met.encounter.piece].set(stacks.logsumexp(sum_of_rows))
     return moved, totals
+
+
+def _seen_from_rows(met: Meeting) -> Meeting:
+    """The same meeting, its slices the rows of the piece."""
+    if met.site.side == 0:
+        return met
+    encounter = met.encounter._replace(own=met.encounter.other, other=met.encounter.own)
+    return met._replace(site=met.site._replace(side=0), encounter=encounter)
 
 
 def _in_turn(neurons: Neurons, rest: jax.Array) -> jax.Array:
@@ -324,19 +361,16 @@ def _total(minimum: Minimum, others: jax.Array) -> jax.Array:
     return jnp.where(falls_high, others + out_high + into_high, total)
 
 
-Met = tuple[Part, Encounter, View]
-
-
 def _one_by_one(
-    task: Problem,
-    joined: tuple[Met, ...],
+    problem: Problem,
+    joined: tuple[Meeting, ...],
     neurons: Neurons,
     total: jax.Array,
     start: Integers,
     z: jax.Array,
 ) -> jax.Array:
     """Moves neurons that meet on edges, whose B and C change with every move before."""
-    s = task.exponents[0]
+    s = problem.exponents[0]
 
     def move(k: jax.Array, state: tuple) -> tuple:
         z, current = state
@@ -344,28 +378,28 @@ def _one_by_one(
         neuron = jax.tree.map(lambda a: a[k], neurons)
         both = [jnp.stack([neuron.out, neuron.into])]
         for met in joined:
-            both += list(_slice_logs(met, s, signed, met[1].slices[:, k]).T - total)
+            both += list(_slice_logs(met, s, signed, met.encounter.slices[:, k]).T - total)
         out, into = stacks.logsumexp(jnp.stack(both), axis=0)
         neuron = neuron._replace(out=out, into=into)
         others = jnp.maximum(current - jnp.exp(out) - jnp.exp(into), 0)
         after = _total(_minimum(neuron), others)
-        z = z.at[place].set(task.clip(z[place] + log_x(neuron, jnp.log(after)) / s))
+        z = z.at[place].set(problem.box.clip(z[place] + log_x(neuron, jnp.log(after)) / s))
         return z, jnp.where(neuron.alive, after, current)
 
     size = neurons.alive.size
     return lax.fori_loop(0, size, move, (z, jnp.ones_like(total)))[0]
 
 
-def _slice_logs(met: Met, s: jax.Array, signed: jax.Array, slices: Integers) -> jax.Array:
+def _slice_logs(met: Meeting, s: jax.Array, signed: jax.Array, slices: Integers) -> jax.Array:
     """The logarithms of the sums of some rows or columns of a piece, −inf for slice −1."""
-    part, encounter, view = met
-    batch, index = jnp.divmod(jnp.maximum(slices, 0), view.values.shape[1 + part.side])
-    values = view.values[batch, index] if part.side == 0 else view.values[batch, :, index]
+    side, encounter = met.site.side, met.encounter
+    batch, index = jnp.divmod(jnp.maximum(slices, 0), met.values.shape[1 + side])
+    values = met.values[batch, index] if side == 0 else met.values[batch, :, index]
     own, other = (
         log + s * signed[slots].sum(0).reshape(log.shape)
         for log, slots in (
-            (view.logs[part.side], encounter.own),
-            (view.logs[1 - part.side], encounter.other),
+            (met.logs[side], encounter.own),
+            (met.logs[1 - side], encounter.other),
         )
     )
     # Zeros of the piece are −inf here.
@@ -373,17 +407,18 @@ def _slice_logs(met: Met, s: jax.Array, signed: jax.Array, slices: Integers) -> 
     return jnp.where(slices >= 0, logs + own[batch, index], -jnp.inf)
 
 
-def _part_logs(parts: tuple[Met, ...], s: jax.Array, z: jax.Array) -> jax.Array:
-    """The logarithms of the sums of all slices of the parts, one after the other."""
-    if not parts:
+def _all_slice_logs(meetings: tuple[Meeting, ...], s: jax.Array, z: jax.Array) -> jax.Array:
+    """The logarithms of the sums of all slices that are met, one meeting after the other."""
+    if not meetings:
         return jnp.zeros((0,), z.dtype)
-    slots = [slots for _, met, _ in parts for slots in (met.own, met.other)]
+    slots = [slots for _, encounter, *_ in meetings for slots in (encounter.own, encounter.other)]
     shifts = s * stacks.signed(z)[jnp.concatenate(slots, 1)].sum(0)
     chunks = iter(jnp.split(shifts, np.cumsum([slot.shape[1] for slot in slots])[:-1]))
     own, sums = [], []
-    for part, _, view in parts:
-        own.append(view.logs[part.side].reshape(-1) + next(chunks))
-        other = view.logs[1 - part.side]
+    for met in meetings:
+        side = met.site.side
+        own.append(met.logs[side].reshape(-1) + next(chunks))
+        other = met.logs[1 - side]
         logs = other + next(chunks).reshape(other.shape)
-        sums.append(stacks.log_product(view.values, logs, part.side).reshape(-1))
+        sums.append(stacks.log_matvec(met.values, logs, side).reshape(-1))
     return jnp.concatenate(own) + jnp.concatenate(sums)

@@ -1,122 +1,72 @@
 """Differences of convex functions: minimizing some terms while others are to grow."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
-from pathcond_jax._solve.objective import Objective
-from pathcond_jax._solve.solution import Solution, Status
-from pathcond_jax._solve.solve import solve
-from pathcond_jax._spec.spec import ArchSpec, no_neuron
-from pathcond_jax._spec.types import SpecError
+from pathcond_jax._solve.flat_objective import Minimize, Problem, Run
+from pathcond_jax._spec.spec import ArchSpec
 
 _MOST_ROUNDS = 50
 
 
-def solve_difference(
-    objective: Objective,
+def descend(
+    minimize: Minimize,
+    problem: Problem,
     spec: ArchSpec,
-    *,
-    max_log_scale: float | None = None,
-    initial: tuple[jax.Array, ...] | None = None,
-    **options: Any,
-) -> Solution:
-    """Minimizes an objective with concave terms inside its box: a local minimum.
+    z: jax.Array,
+    max_steps: jax.Array,
+    tol: jax.Array,
+) -> Run:
+    """Minimizes a problem with a concave part inside its box: a local minimum.
 
-    Each round replaces the concave terms by their tangents, which lie above them, and minimizes
-    what is then convex, so the objective decreases in every round. Without convex terms that
-    minimum is a vertex of the box.
+    Each round replaces the concave part by its tangent, which lies above it, and minimizes what is
+    then convex, so that F decreases in every round. Without convex terms that minimum is a vertex
+    of the box.
 
     Args:
-      objective: with concave terms and a box.
+      minimize: a method for convex problems.
+      problem: with a concave part and a finite box.
       spec: the architecture.
-      max_log_scale: a smaller box.
-      initial: log-scales to start from.
-      **options: of ``solve``, for each round.
+      z: log-scales to start from.
+      max_steps: for the convex problem of each round.
+      tol: the same.
 
     Returns:
-      The solution; ``num_steps`` counts rounds, and there is no bound of the suboptimality.
+      The run; its steps are rounds, and there is no bound of the suboptimality.
 
     References:
       Yuille, Rangarajan, *The concave-convex procedure*, Neural Computation, 2003.
     """
-    if not spec.num_neurons:
-        raise SpecError(no_neuron(spec))
-    limits = [bound for bound in (objective.limit, max_log_scale) if bound is not None]
-    if not limits:
-        raise SpecError("an objective with concave terms needs a box")
-    chosen = tuple(sorted(options.items()))
-    limit, unboxed = float(min(limits)), objective._replace(limit=None)
-    return _descend(unboxed, initial, spec=spec.symmetry, limit=limit, options=chosen)
+    table, rising, limit = stacks.table(spec), problem.concave, problem.box.limit
+    assert rising is not None
+    convex = problem._replace(concave=None)
+    curved = bool(problem.masses or problem.smooth)
 
-
-@functools.partial(jax.jit, static_argnames=("spec", "limit", "options"))
-def _descend(
-    objective: Objective,
-    initial: tuple[jax.Array, ...] | None,
-    *,
-    spec: ArchSpec,
-    limit: float,
-    options: tuple[tuple[str, Any], ...],
-) -> Solution:
-    table = stacks.table(spec)
-    zeros = tuple(np.zeros(group.size) for group in spec.groups)
-    convex = objective._replace(concave=())
-    falling = flat_objective.make(convex, spec, limit)
-    rising = flat_objective.make(Objective(objective.concave, zeros), spec, limit)
-    dtype = rising.linear.dtype
-    curved = bool(convex.terms or convex.smooth)
-
-    def lowest(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The minimum with the tangent at z, its slope's norm and whether input was finite."""
-        slope = (
-            falling.linear.astype(dtype) + flat_objective.value_and_gradient(rising, table, z)[1]
-        )
+    def lowest(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The minimum with the tangent at z, and the norm of its gradient."""
+        slope = problem.linear + flat_objective.value_and_gradient(rising, table, z)[1]
         if not curved:
-            vertex = limit * jnp.sign(slope)
-            return vertex, jnp.zeros((), dtype), rising.finite & falling.finite
-        tilted = convex._replace(linear=tuple(jnp.split(slope, table.starts[1:-1])))
-        parts = tuple(jnp.split(z, table.starts[1:-1]))
-        solution = solve(tilted, spec, max_log_scale=limit, initial=parts, **dict(options))
-        finite = rising.finite & (solution.status != Status.NON_FINITE)
-        moved = jnp.concatenate(solution.log_scales).astype(dtype)
-        return moved, solution.gradient_norm.astype(dtype), finite
+            return limit * jnp.sign(slope), jnp.zeros((), z.dtype)
+        round_ = flat_objective.tilted(convex, table, slope)
+        run = minimize(round_, spec, round_.box.start(z), max_steps, tol)
+        # NaN ends the rounds, and a run that ends there is reported as such.
+        return jnp.where(round_.box.finite, run.z, jnp.nan), run.gradient_norm
 
     def body(state: tuple) -> tuple:
-        before, _, _, step, _ = state
-        z, gradient, finite = lowest(before)
-        z = jnp.where(finite, z, 0)
-        return z, jnp.abs(z - before).max(), gradient, step + 1, finite
+        before, _, _, step = state
+        z, gradient = lowest(before)
+        return z, jnp.abs(z - before).max(), gradient, step + 1
 
-    z = jnp.zeros((table.size,), dtype)
-    if initial is not None:
-        z = jnp.clip(jnp.concatenate([part.astype(dtype) for part in initial]), -limit, limit)
-    infinity, zero = jnp.full((), jnp.inf, dtype), jnp.zeros((), jnp.int32)
-    tol = 1e2 * float(jnp.finfo(dtype).eps) ** 0.5
-    z, moved, gradient, steps, finite = lax.while_loop(
-        lambda state: (state[1] > tol * limit) & (state[3] < _MOST_ROUNDS),
+    infinity = jnp.full((), jnp.inf, z.dtype)
+    least = 1e2 * float(jnp.finfo(z.dtype).eps) ** 0.5 * limit
+    z, moved, gradient, steps = lax.while_loop(
+        lambda state: (state[1] > least) & (state[3] < _MOST_ROUNDS),
         body,
-        (z, infinity, infinity, zero, jnp.ones((), bool)),
+        (z, infinity, infinity, jnp.zeros((), jnp.int32)),
     )
-    status = jnp.where((jnp.abs(z) >= limit).any(), Status.CLIPPED, Status.CONVERGED)
-    status = jnp.where(moved <= tol * limit, status, Status.STEP_LIMIT)
-    status = jnp.where(finite, status, Status.NON_FINITE)
-    known = jnp.where(finite, 0, jnp.nan).astype(dtype)
-    lower, upper = (
-        flat_objective.value_and_gradient(part, table, z)[0] for part in (rising, falling)
+    below, above = (
+        flat_objective.value_and_gradient(part, table, z)[0] for part in (rising, problem)
     )
-    value = upper.astype(dtype) - lower
-    return Solution(
-        log_scales=tuple(jnp.split(z, table.starts[1:-1])),
-        objective=known + value,
-        gradient_norm=known + gradient,
-        suboptimality=known + jnp.inf,
-        num_steps=steps,
-        num_products=steps,
-        status=status.astype(jnp.int32),
-    )
+    return Run(z, steps, steps, moved <= least, infinity, above - below, gradient)

@@ -1,38 +1,29 @@
 """A criterion on the flat vector of all neurons, as the solvers see it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pathcond_jax._solve import stacks
 from pathcond_jax._solve.objective import Objective, Smooth
 from pathcond_jax._solve.stacks import Masses, Table
 from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.log_scales import by_group, concatenated
 from pathcond_jax._spec.spec import ArchSpec
 
 
-class Problem(NamedTuple):
-    """``F(z) = Σ_k w_k log Σ_i a_i^(k) exp(s_k (Bz)_i) + Σ_j v_j f_j(z) − ⟨b, z⟩`` over a box.
+class Box(NamedTuple):
+    """Which neurons may move, and how far.
 
     Attributes:
-      weights: w, (terms,).
-      exponents: s, (terms,).
-      linear: b, (H,).
-      smooth: v and f.
-      scale: Σ w + Σ v, to which tolerances are relative.
-      masses: the equilibrated a of each term.
       alive: (H,) booleans; the other neurons keep their log-scale 0.
       limit: the box ``|z| ≤ limit``, a scalar, possibly inf.
       finite: scalar, whether all input was finite and no mass negative.
     """
 
-    weights: jax.Array
-    exponents: jax.Array
-    linear: jax.Array
-    smooth: tuple[Smooth, ...]
-    scale: jax.Array
-    masses: tuple[Masses, ...]
     alive: jax.Array
     limit: jax.Array
     finite: jax.Array
@@ -40,6 +31,10 @@ class Problem(NamedTuple):
     def clip(self, z: jax.Array) -> jax.Array:
         """The nearest log-scales in the box."""
         return jnp.clip(z, -self.limit, self.limit)
+
+    def start(self, z: jax.Array) -> jax.Array:
+        """Log-scales to begin with: in the box, 0 where they mean nothing."""
+        return jnp.where(self.alive & jnp.isfinite(z), self.clip(z), 0)
 
     def bound(self, z: jax.Array) -> jax.Array:
         """Which neurons are at the faces of the box."""
@@ -54,6 +49,30 @@ class Problem(NamedTuple):
         """The largest ⟨slope, z − y⟩ over y in the box."""
         furthest = slope * z + self.limit * jnp.abs(slope)
         return jnp.where(self.alive & (slope != 0), furthest, 0).sum()
+
+
+class Problem(NamedTuple):
+    """``F(z) = Σ_k w_k log Σ_i a_i^(k) exp(s_k (Bz)_i) + Σ_j v_j f_j(z) − ⟨b, z⟩`` over a box.
+
+    Attributes:
+      weights: w, (terms,).
+      exponents: s, (terms,).
+      linear: b, (H,).
+      smooth: v and f.
+      scale: Σ w + Σ v, to which tolerances are relative.
+      masses: the equilibrated a of each term.
+      box: where z may be.
+      concave: a problem whose F is subtracted from this one's; None: nothing is, F is convex.
+    """
+
+    weights: jax.Array
+    exponents: jax.Array
+    linear: jax.Array
+    smooth: tuple[Smooth, ...]
+    scale: jax.Array
+    masses: tuple[Masses, ...]
+    box: Box
+    concave: "Problem | None" = None
 
 
 class Run(NamedTuple):
@@ -78,6 +97,10 @@ class Run(NamedTuple):
     gradient_norm: jax.Array
 
 
+Minimize = Callable[[Any, ArchSpec, jax.Array, jax.Array, jax.Array], Run]
+"""A method: ``(problem, spec, z, max_steps, tol)`` to where it stopped."""
+
+
 class Sums(NamedTuple):
     """The sums of one term at a point, relative to their total.
 
@@ -94,12 +117,14 @@ class Sums(NamedTuple):
     positions: jax.Array
 
 
-def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Problem:
-    """Stacks, checks and equilibrates the convex part of an objective."""
+def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
+    """Stacks, checks and equilibrates an objective."""
+    return _problem(objective, spec, limit, _dtype(objective))
+
+
+def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any) -> Problem:
     table, terms = stacks.table(spec), objective.terms
-    dtypes = [mass.dtype for term in terms for mass in term.masses]
-    dtype = compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
-    linear = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in objective.linear])
+    linear = concatenated(objective.linear, dtype)
     parts = [stacks.stacked(term, table, dtype) for term in terms]
     finite = jnp.isfinite(linear).all()
     for part in parts:
@@ -107,7 +132,11 @@ def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Prob
     origin = jnp.zeros_like(linear)
     for function in objective.smooth:
         finite &= jnp.isfinite(smooth_value(function, table, origin))
-    masses = tuple(stacks.equilibrate(part, finite) for part in parts)
+    concave = None
+    if objective.concave:
+        rising = Objective(objective.concave, tuple(np.zeros(group.size) for group in spec.groups))
+        concave = _problem(rising, spec, limit, dtype)
+        finite &= concave.box.finite
     weights, exponents, extra = (
         jnp.asarray([jnp.asarray(number).astype(dtype) for number in numbers], dtype)
         for numbers in (
@@ -116,26 +145,42 @@ def make(objective: Objective, spec: ArchSpec, limit: float | jax.Array) -> Prob
             [part.weight for part in objective.smooth],
         )
     )
-    # What a function of one's own demands of a neuron without masses is not known.
-    alive = jnp.ones(linear.shape, bool)
-    if not objective.smooth:
-        alive = _alive(table, weights * exponents, linear, masses)
-    return Problem(
+    problem = Problem(
         weights=weights,
         exponents=exponents,
-        linear=jnp.where(finite, linear, 0),
+        linear=linear,
         smooth=objective.smooth,
         scale=weights.sum() + extra.sum(),
-        masses=masses,
-        alive=finite & alive,
-        limit=jnp.asarray(limit).astype(dtype),
-        finite=finite,
+        masses=tuple(stacks.equilibrate(part, finite) for part in parts),
+        box=Box(jnp.ones(linear.shape, bool), jnp.asarray(limit).astype(dtype), finite),
+        concave=concave,
     )
+    return tilted(problem, table, linear)
+
+
+def tilted(problem: Problem, table: Table, linear: jax.Array) -> Problem:
+    """The same problem with another linear part, which decides anew who may move."""
+    finite = problem.box.finite & jnp.isfinite(linear).all()
+    linear = jnp.where(finite, linear, 0)
+    # What a function of one's own, or a concave one, demands of a neuron without masses is not
+    # known.
+    alive = jnp.ones(linear.shape, bool)
+    if not problem.smooth and problem.concave is None:
+        alive = _alive(table, problem.weights * problem.exponents, linear, problem.masses)
+    box = problem.box._replace(alive=finite & alive, finite=finite)
+    return problem._replace(linear=linear, box=box)
+
+
+def _dtype(objective: Objective) -> Any:
+    """The dtype to solve in: the widest of all masses."""
+    terms = (*objective.terms, *objective.concave)
+    dtypes = [mass.dtype for term in terms for mass in term.masses]
+    return compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
 
 
 def smooth_value(part: Smooth, table: Table, z: jax.Array) -> jax.Array:
     """V f(z)."""
-    value = part.function(tuple(jnp.split(z, table.starts[1:-1])))
+    value = part.function(by_group(z, table.sizes))
     return jnp.asarray(part.weight).astype(z.dtype) * jnp.asarray(value).astype(z.dtype)
 
 
@@ -161,15 +206,17 @@ def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[ja
     for k, (w, s) in enumerate(zip(problem.weights, problem.exponents, strict=True)):
         sums = log_sums(problem, table, k, z)
         value = value + w * sums.total
-        gradient = gradient + w * s * (jnp.exp(sums.out) - jnp.exp(sums.into))
+        # A term without any mass is −inf wherever z is; it has no share of mass to speak of.
+        shares = jnp.exp(sums.out) - jnp.exp(sums.into)
+        gradient = gradient + w * s * jnp.where(sums.total > -jnp.inf, shares, 0)
     return value, gradient
 
 
 def measured(problem: Problem, table: Table, z: jax.Array) -> tuple[jax.Array, ...]:
     """The bound of the suboptimality from the slope alone, F and the projected gradient's norm."""
     value, gradient = value_and_gradient(problem, table, z)
-    norm = jnp.linalg.norm(problem.projected(z, gradient))
-    return problem.reach(z, gradient), value, norm
+    norm = jnp.linalg.norm(problem.box.projected(z, gradient))
+    return problem.box.reach(z, gradient), value, norm
 
 
 def _alive(

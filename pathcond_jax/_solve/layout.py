@@ -72,7 +72,13 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def layout(spec: ArchSpec) -> Layout:
-    """The blocks that every criterion over ``spec`` reduces to."""
+    """The blocks that every criterion over ``spec`` reduces to.
+
+    One pass over the leaves. The axes of a leaf along which it meets neurons become the rows and
+    columns of a matrix, and axes that both sides share (the groups of a grouped convolution) its
+    batch; all others are summed away. Leaves whose matrices have the same slices and neurons add up
+    to one block: a kernel and nothing else, but also all biases and scales of one group.
+    """
     surplus = [np.zeros(group.size) for group in spec.groups]
     blocks: dict[object, Block] = {}
     by_path: dict[str, list[tuple[int, int, Incidence]]] = {}
@@ -159,7 +165,14 @@ def _link(
 def _compress(
     links: list[tuple[int, int, np.ndarray]], spec: ArchSpec
 ) -> tuple[Axis, np.ndarray | None]:
-    """Merges the slices of a side that belong to the same neurons."""
+    """Merges the slices of a side that belong to the same neurons.
+
+    Entries that share their row of B add up before any solver runs, and a dense layer behind a
+    flattened image has as many rows as pixels for each channel. Slices are equal if all links give
+    them the same neurons, so they are compared as the rows of a table (slice × link), whose
+    distinct rows become the slices of the axis; ``segments`` says which one each slice joins.
+    Where batch entries differ (grouped convolutions), so may their slices, and nothing is merged.
+    """
     if not links:
         return Axis(1, ()), None
     links = sorted(links, key=lambda link: link[:2])

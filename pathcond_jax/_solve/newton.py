@@ -1,4 +1,10 @@
-"""All log-scales at once: Newton's method with conjugate gradients inside."""
+"""All log-scales at once: Newton's method with conjugate gradients inside.
+
+To be read from :func:`newton` down. A step is :func:`_step`: what is known at z
+(:func:`_evaluate`), a direction (:func:`_conjugate_gradients` on :func:`_hessian_product`), how far
+to go (:func:`_line_search` on :func:`_change`), and how good z is (:func:`_certificate`). The rest
+are two series that keep the digits of small changes, and the neurons that the box holds.
+"""
 
 import functools
 from collections.abc import Callable
@@ -23,23 +29,23 @@ ARMIJO = 1e-4
 REACH = 20.0
 
 
-class Term(NamedTuple):
-    """One term at a point, its masses divided by their sum: probabilities of the entries.
+class Softmax(NamedTuple):
+    """One term at a here, its masses divided by their sum: probabilities of the entries.
 
     Attributes:
       total: log S, the logarithm of their sum.
-      weights: the probabilities, one (batch, rows, cols) array per stack.
-      sums: (positions,), their sums over rows and columns.
+      probabilities: W, one (batch, rows, cols) array per stack.
+      marginals: (positions,), their sums over rows and columns.
       mean: (H,), the mean of the rows of B: outgoing minus incoming probability.
     """
 
     total: jax.Array
-    weights: tuple[jax.Array, ...]
-    sums: jax.Array
+    probabilities: tuple[jax.Array, ...]
+    marginals: jax.Array
     mean: jax.Array
 
 
-class Point(NamedTuple):
+class Iterate(NamedTuple):
     """Log-scales and what Newton's method knows there.
 
     Attributes:
@@ -54,7 +60,7 @@ class Point(NamedTuple):
     value: jax.Array
     gradient: jax.Array
     smooth: jax.Array
-    terms: tuple[Term, ...]
+    terms: tuple[Softmax, ...]
 
 
 class State(NamedTuple):
@@ -84,7 +90,7 @@ class State(NamedTuple):
 
 
 def newton(
-    task: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
+    problem: Problem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
 ) -> Run:
     """Newton-CG with a Jacobi preconditioner, projected on the box, after one block sweep.
 
@@ -94,7 +100,7 @@ def newton(
     table = stacks.table(spec)
     infinity, no = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), bool)
     start = State(
-        z=_start(task, spec, z),
+        z=_start(problem, spec, z),
         steps=jnp.zeros((), jnp.int32),
         products=jnp.full((), len(colors(spec).mask), jnp.int32),
         decrement=infinity,
@@ -105,48 +111,65 @@ def newton(
         ended=no,
     )
     end = lax.while_loop(
-        lambda state: ~state.ended, lambda state: _step(task, table, max_steps, tol, state), start
+        lambda state: ~state.ended,
+        lambda state: _step(problem, table, max_steps, tol, state),
+        start,
     )
     return Run(end.z, end.steps, end.products, end.converged, end.suboptimality, *end.measured)
 
 
-def _start(task: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
+def _start(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     """One block sweep, which brings every neuron within the range of the dtype."""
-    if not task.masses:
+    if not problem.masses:
         return z
-    swept = block_sweep(task, spec, z)
-    if len(task.masses) == 1 and not task.smooth:
+    swept = block_sweep(problem, spec, z)
+    if len(problem.masses) == 1 and not problem.smooth:
         return swept
-    value = functools.partial(flat_objective.value_and_gradient, task, stacks.table(spec))
+    value = functools.partial(flat_objective.value_and_gradient, problem, stacks.table(spec))
     return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
 
 
-def _step(task: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State) -> State:
-    """One step; once no further step is to follow, only measures where it stands."""
-    point, diagonal, smooth_product = _evaluate(task, table, state.z)
-    z, terms, gradient, total = point.z, point.terms, point.gradient, task.scale
+def _step(
+    problem: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State
+) -> State:
+    """One step; once no further step is to follow, only measures where it stands.
+
+    How it ends. The tolerance asks for a small gradient *and* a small Newton decrement: a
+    gradient is small along directions of hardly any curvature long before F is near its minimum.
+    In float32 the decrement may stop shrinking above its tolerance. Once a step leaves at least
+    half of it, and its root is down to a thousand roundings, no further step can help: that is
+    the ``floor``, and it counts as converged if the gradient is small.
+
+    The test looks at z before the step, which is taken all the same: it costs one line search and
+    usually squares the error. Then the loop runs once more with ``done`` set. This last round
+    neither moves nor iterates, its gradient being masked by 0, but it evaluates F, the gradient
+    and the certificate at the final z. A second copy of the evaluation behind the loop would
+    serve as well, and double the program that XLA compiles.
+    """
+    here, diagonal, smooth_product = _evaluate(problem, table, state.z)
+    z, terms, gradient, total = here.z, here.terms, here.gradient, problem.scale
     # Vanishes with the gradient, and keeps neurons with hardly any mass within reach.
     damping = jnp.abs(gradient) / REACH
     diagonal = diagonal + damping
     diagonal = jnp.where(diagonal > 0, diagonal, total)
-    free = task.alive & ~_held(task, z, gradient, diagonal)
+    free = problem.box.alive & ~_held(problem, z, gradient, diagonal)
 
     def curvature(v: jax.Array) -> jax.Array:
-        return _hessian_product(task, table, terms, v) + smooth_product(v) + damping * v
+        return _hessian_product(problem, table, terms, v) + smooth_product(v) + damping * v
 
     forward = jnp.where(free & ~state.done, gradient, 0)
     size = jnp.sqrt(jnp.sum(forward**2 / diagonal) / total)
     accuracy = jnp.minimum(0.1, jnp.sqrt(size))
     direction, image, inner = _conjugate_gradients(curvature, -forward, diagonal, free, accuracy)
     image = image - smooth_product(direction) - damping * direction
-    bound = _certificate(task, table, point, direction, image)
+    bound = _certificate(problem, table, here, direction, image)
     decrement = -jnp.sum(forward * direction)
     # Neurons at a face of the box that want to leave it stay; those close to it go there.
     direction = jnp.where(free, direction, -gradient / diagonal)
     direction = jnp.where(state.done, 0, direction)
-    moved, change, halvings = _line_search(task, table, point, direction)
+    moved, change, halvings = _line_search(problem, table, here, direction)
 
-    norm = jnp.linalg.norm(task.projected(z, gradient))
+    norm = jnp.linalg.norm(problem.box.projected(z, gradient))
     noise = (1e3 * jnp.finfo(z.dtype).eps) ** 2 * total
     floor = (decrement >= 0.5 * state.decrement) & (decrement <= noise)
     converged = (norm <= tol * total) & ((decrement <= tol**2 * total) | floor)
@@ -160,46 +183,46 @@ def _step(task: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, sta
         done=state.done | converged | floor | (steps >= max_steps),
         converged=jnp.where(state.done, state.converged, converged),
         suboptimality=jnp.maximum(jnp.minimum(state.suboptimality, bound) + change, rounding),
-        measured=(point.value, norm),
+        measured=(here.value, norm),
         ended=state.done,
     )
 
 
 def _evaluate(
-    task: Problem, table: Table, z: jax.Array
-) -> tuple[Point, jax.Array, Callable[[jax.Array], jax.Array]]:
+    problem: Problem, table: Table, z: jax.Array
+) -> tuple[Iterate, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Everything at z, the Jacobi preconditioner, and products with the smooth Hessian."""
     smooth, product = jax.linearize(
-        jax.grad(lambda z: flat_objective.smooth_part(task, table, z)), z
+        jax.grad(lambda z: flat_objective.smooth_part(problem, table, z)), z
     )
-    gradient, diagonal = smooth - task.linear, jnp.zeros_like(z)
-    if task.smooth:
+    gradient, diagonal = smooth - problem.linear, jnp.zeros_like(z)
+    if problem.smooth:
         # The mean of its diagonal, from products with random signs.
         signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
         diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
-    value = flat_objective.smooth_part(task, table, z) - jnp.dot(task.linear, z)
+    value = flat_objective.smooth_part(problem, table, z) - jnp.dot(problem.linear, z)
     terms, shifts = [], stacks.spread(table, z)
-    for w, s, masses in zip(task.weights, task.exponents, task.masses, strict=True):
+    for w, s, masses in zip(problem.weights, problem.exponents, problem.masses, strict=True):
         exponents = masses.logs + s * shifts
         total = stacks.log_total(masses, table, exponents)
-        weights = stacks.normalized(masses, table, exponents, total)
-        sums = stacks.products(weights, table, jnp.ones_like(exponents))
-        out, into = stacks.collect(table, sums)
-        terms.append(Term(total, weights, sums, out - into))
+        probabilities = stacks.normalized(masses, table, exponents, total)
+        marginals = stacks.matvecs(probabilities, table, jnp.ones_like(exponents))
+        out, into = stacks.collect(table, marginals)
+        terms.append(Softmax(total, probabilities, marginals, out - into))
         value = value + w * total
         gradient = gradient + w * s * (out - into)
         diagonal = diagonal + w * s * s * (out + into)
-    smooth, gradient = (jnp.where(task.alive, part, 0) for part in (smooth, gradient))
-    return Point(z, value, gradient, smooth, tuple(terms)), diagonal, product
+    smooth, gradient = (jnp.where(problem.box.alive, part, 0) for part in (smooth, gradient))
+    return Iterate(z, value, gradient, smooth, tuple(terms)), diagonal, product
 
 
 def _hessian_product(
-    task: Problem, table: Table, terms: tuple[Term, ...], v: jax.Array
+    problem: Problem, table: Table, terms: tuple[Softmax, ...], v: jax.Array
 ) -> jax.Array:
     """``Σ_k w_k s_k² (Bᵀ diag(W) B − m mᵀ) v``, m the mean of the rows of B under W."""
     shifts, result = stacks.spread(table, v), jnp.zeros_like(v)
-    for w, s, term in zip(task.weights, task.exponents, terms, strict=True):
-        image = term.sums * shifts + stacks.products(term.weights, table, shifts)
+    for w, s, term in zip(problem.weights, problem.exponents, terms, strict=True):
+        image = term.marginals * shifts + stacks.matvecs(term.probabilities, table, shifts)
         out, into = stacks.collect(table, image)
         result = result + w * s * s * (out - into - term.mean * jnp.dot(term.mean, v))
     return result
@@ -251,20 +274,20 @@ def _conjugate_gradients(
 
 
 def _line_search(
-    task: Problem, table: Table, point: Point, direction: jax.Array
+    problem: Problem, table: Table, here: Iterate, direction: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Halves the step along the projected path until F decreases as Armijo asks.
 
     Returns:
       The new log-scales, the change of F, and how many steps were tried.
     """
-    z = point.z
-    rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(flat_objective.smooth_part(task, table, z))
+    z = here.z
+    rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(flat_objective.smooth_part(problem, table, z))
 
     def tried(length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        moved = task.clip(z + jnp.clip(length * direction, -REACH, REACH))
-        change = _change(task, table, point, moved - z)
-        slope = jnp.dot(point.gradient, moved - z)
+        moved = problem.box.clip(z + jnp.clip(length * direction, -REACH, REACH))
+        change = _change(problem, table, here, moved - z)
+        slope = jnp.dot(here.gradient, moved - z)
         return moved, change, change <= ARMIJO * jnp.minimum(slope, 0) + rounding
 
     def body(state: tuple) -> tuple:
@@ -278,23 +301,23 @@ def _line_search(
     return jnp.where(enough, moved, z), jnp.where(enough, change, 0), count
 
 
-def _change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Array:
+def _change(problem: Problem, table: Table, here: Iterate, d: jax.Array) -> jax.Array:
     """F(z + d) − F(z), to within rounding of the difference where d is small."""
     shifts = stacks.spread(table, d)
-    before, after = (flat_objective.smooth_part(task, table, z) for z in (point.z, point.z + d))
-    rest = after - before - jnp.dot(point.smooth, d)
+    before, after = (flat_objective.smooth_part(problem, table, z) for z in (here.z, here.z + d))
+    rest = after - before - jnp.dot(here.smooth, d)
     return rest + lax.cond(
-        (jnp.abs(shifts).max() * jnp.abs(task.exponents)).max(initial=0) < 2,
-        lambda: jnp.dot(point.gradient, d) + _curved_change(task, table, point, shifts, d),
-        lambda: jnp.dot(point.smooth, d) + _long_change(task, table, point, d),
+        (jnp.abs(shifts).max() * jnp.abs(problem.exponents)).max(initial=0) < 2,
+        lambda: jnp.dot(here.gradient, d) + _curved_change(problem, table, here, shifts, d),
+        lambda: jnp.dot(here.smooth, d) + _long_change(problem, table, here, d),
     )
 
 
-def _long_change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax.Array:
+def _long_change(problem: Problem, table: Table, here: Iterate, d: jax.Array) -> jax.Array:
     """The change of the terms and of the linear part."""
-    shifts, change = stacks.spread(table, point.z + d), -jnp.dot(task.linear, d)
+    shifts, change = stacks.spread(table, here.z + d), -jnp.dot(problem.linear, d)
     for w, s, masses, term in zip(
-        task.weights, task.exponents, task.masses, point.terms, strict=True
+        problem.weights, problem.exponents, problem.masses, here.terms, strict=True
     ):
         total = stacks.log_total(masses, table, masses.logs + s * shifts)
         change = change + w * (total - term.total)
@@ -302,7 +325,7 @@ def _long_change(task: Problem, table: Table, point: Point, d: jax.Array) -> jax
 
 
 def _curved_change(
-    task: Problem, table: Table, point: Point, shifts: jax.Array, d: jax.Array
+    problem: Problem, table: Table, here: Iterate, shifts: jax.Array, d: jax.Array
 ) -> jax.Array:
     """The change of the terms beyond their slopes.
 
@@ -311,9 +334,9 @@ def _curved_change(
     X = a + b, ``e^X − 1 − X = (e^a − 1)(e^b − 1) + (e^a − 1 − a) + (e^b − 1 − b)``.
     """
     change = jnp.zeros((), d.dtype)
-    for w, s, term in zip(task.weights, task.exponents, point.terms, strict=True):
-        both = stacks.quadratic(term.weights, table, jnp.expm1(s * shifts))
-        second = both + jnp.dot(term.sums, _expm1_rest(s * shifts))
+    for w, s, term in zip(problem.weights, problem.exponents, here.terms, strict=True):
+        both = stacks.quadratic(term.probabilities, table, jnp.expm1(s * shifts))
+        second = both + jnp.dot(term.marginals, _expm1_rest(s * shifts))
         change = change + w * (second - _log1p_rest(s * jnp.dot(term.mean, d) + second))
     return change
 
@@ -334,20 +357,20 @@ def _log1p_rest(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 0.1, series * x * x, x - jnp.log1p(x))
 
 
-def _held(task: Problem, z: jax.Array, gradient: jax.Array, diagonal: jax.Array) -> jax.Array:
+def _held(problem: Problem, z: jax.Array, gradient: jax.Array, diagonal: jax.Array) -> jax.Array:
     """Neurons at a face of the box, or about to reach it, that F pushes outward.
 
     References:
       Bertsekas, *Projected Newton methods for optimization problems with simple constraints*,
       SIAM Journal on Control and Optimization, 1982.
     """
-    moved = jnp.abs(task.clip(z - gradient / diagonal) - z).max()
-    margin = task.limit - jnp.minimum(1e-2, moved)
+    moved = jnp.abs(problem.box.clip(z - gradient / diagonal) - z).max()
+    margin = problem.box.limit - jnp.minimum(1e-2, moved)
     return (jnp.abs(z) >= margin) & (jnp.sign(gradient) * z < 0)
 
 
 def _certificate(
-    task: Problem, table: Table, point: Point, direction: jax.Array, image: jax.Array
+    problem: Problem, table: Table, here: Iterate, direction: jax.Array, image: jax.Array
 ) -> jax.Array:
     """An upper bound of F(z) − F(y) for every y in the box, from convex duality.
 
@@ -357,11 +380,11 @@ def _certificate(
     ``ρ = ∇F + t H d``: nothing but the residual of the conjugate gradients once t is 1.
     """
     lowest, shifts = jnp.zeros((), direction.dtype), stacks.spread(table, direction)
-    for s, term in zip(task.exponents, point.terms, strict=True):
-        present = jnp.where(term.sums > 0, s * shifts, jnp.inf)
-        pairs = [a.min(1) + b.min(1) for a, b in stacks.split(table, present)]
+    for s, term in zip(problem.exponents, here.terms, strict=True):
+        present = jnp.where(term.marginals > 0, s * shifts, jnp.inf)
+        pairs = [a.min(1) + b.min(1) for a, b in stacks.split_sides(table, present)]
         least = jnp.concatenate(pairs).min() - s * jnp.dot(term.mean, direction)
         lowest = jnp.minimum(lowest, least)
     t = 1 / jnp.maximum(-lowest, 1)
     curved = jnp.maximum(jnp.dot(direction, image), 0)
-    return t**2 * curved + task.reach(point.z, point.gradient + t * image)
+    return t**2 * curved + problem.box.reach(here.z, here.gradient + t * image)

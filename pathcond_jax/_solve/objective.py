@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._solve.layout import Block, Source, layout
-from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.arrays import compute_dtype, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 from pathcond_jax._spec.spec import ArchSpec
@@ -66,6 +66,36 @@ class Objective(NamedTuple):
     smooth: tuple[Smooth, ...] = ()
     concave: tuple[LogSum, ...] = ()
     limit: float | None = None
+
+    def unless(self, finite: jax.Array) -> "Objective":
+        """The objective, NaN unless what it was made from was finite: solvers report that."""
+        first, *others = self.linear
+        return self._replace(linear=(jnp.where(finite, jnp.asarray(first), jnp.nan), *others))
+
+
+class Ranges(NamedTuple):
+    """What a fixed point equates, ``(1 − α) log out = α log in`` for every neuron.
+
+    Attributes:
+      term: its masses are the largest absolute weights of each reduced entry.
+      given: logarithms of the incoming ranges at z = 0, one array per group, −inf for neurons to
+        leave alone; None: the incoming weights'.
+      alpha: α, 1/2 for equal ranges.
+      limit: the box |z| ≤ limit; None: no box.
+    """
+
+    term: LogSum
+    given: tuple[jax.Array, ...] | None = None
+    alpha: float = 0.5
+    limit: float | None = None
+
+    def unless(self, finite: jax.Array) -> "Ranges":
+        """The ranges, NaN unless what they were made from was finite: solvers report that."""
+        masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in self.term.masses)
+        return self._replace(term=self.term._replace(masses=masses))
+
+
+Goal = Objective | Ranges
 
 
 def path_objective(spec: ArchSpec, gram: PyTree | ScaledDiagonal) -> Objective:
@@ -141,8 +171,7 @@ def _reduce_block(
 
 
 def _reduce_leaf(block: Block, source: Source, value: jax.Array, reduction: Reduction) -> jax.Array:
-    value = jnp.asarray(value)
-    value = value.astype(compute_dtype(value.dtype))
+    value = widened(value)
     kept = source.batch + source.rows + source.cols
     rest = tuple(a for a in range(value.ndim) if a not in kept)
     value = jnp.transpose(reduction.axes(value, axis=rest, keepdims=True), kept + rest)

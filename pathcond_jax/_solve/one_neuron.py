@@ -55,7 +55,7 @@ def log_x(neurons: Neurons, total: jax.Array) -> jax.Array:
 
 
 def neurons_at(
-    task: Problem,
+    problem: Problem,
     out: jax.Array,
     into: jax.Array,
     z: jax.Array,
@@ -63,9 +63,10 @@ def neurons_at(
 ) -> Neurons:
     """The neurons from ``start`` on, with the logarithms of their B and C."""
     linear, alive, z = (
-        lax.dynamic_slice_in_dim(array, start, out.size) for array in (task.linear, task.alive, z)
+        lax.dynamic_slice_in_dim(array, start, out.size)
+        for array in (problem.linear, problem.box.alive, z)
     )
-    tilt = -linear / (task.weights[0] * task.exponents[0])
-    ends = (task.exponents[0] * (bound - z) for bound in (-task.limit, task.limit))
+    tilt = -linear / (problem.weights[0] * problem.exponents[0])
+    ends = (problem.exponents[0] * (bound - z) for bound in (-problem.box.limit, problem.box.limit))
     low, high = ends
     return Neurons(out, into, tilt, alive, jnp.minimum(low, high), jnp.maximum(low, high))

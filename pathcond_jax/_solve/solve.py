@@ -1,96 +1,30 @@
-"""Solvers: from a Gram diagonal, or any criterion, to the log-scales that minimize it."""
+"""Solvers: from a Gram diagonal, or any criterion, to the log-scales that minimize it.
+
+A goal is reduced to arrays of masses, prepared by the one that its method names, handed to the
+method, and what the method finds becomes a :class:`Solution`. A further method is one entry of
+``METHODS``: options, the box, the initial point and bad numbers are not its business.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._solve import coordinate, flat_objective, newton
-from pathcond_jax._solve.block import block
-from pathcond_jax._solve.flat_objective import Problem, Run
-from pathcond_jax._solve.objective import Objective, path_objective
-from pathcond_jax._solve.solution import Solution, Status, solution_of
+from pathcond_jax._solve import block, coordinate, difference, equal_ranges, flat_objective, newton
+from pathcond_jax._solve.equal_ranges import RangeProblem
+from pathcond_jax._solve.flat_objective import Minimize, Problem
+from pathcond_jax._solve.layout import layout
+from pathcond_jax._solve.objective import Goal, Objective, Ranges, path_objective
+from pathcond_jax._solve.solution import Solution, Status, log_scales_of, solution_of
+from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.log_scales import LogScales, concatenated
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
-
-
-class Method(NamedTuple):
-    """An algorithm and its defaults.
-
-    Attributes:
-      run: ``run(task, spec, z, max_steps, tol) -> Run``.
-      max_steps: steps or sweeps.
-      tol: the tolerance for each bit width of the dtype.
-      one_term: whether it treats nothing but a single logarithm.
-    """
-
-    run: Callable[[Problem, ArchSpec, jax.Array, jax.Array, jax.Array], Run]
-    max_steps: int
-    tol: dict[int, float]
-    one_term: bool
-
-
-METHODS = {
-    "newton": Method(newton.newton, 50, {32: 1e-5, 64: 1e-8}, one_term=False),
-    "block": Method(block, 100, {32: 1e-2, 64: 1e-6}, one_term=True),
-    "coordinate": Method(coordinate.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True),
-}
-
-
-def solve(
-    gram: PyTree | ScaledDiagonal | Objective,
-    spec: ArchSpec,
-    *,
-    method: str = "newton",
-    max_steps: int | None = None,
-    tol: float | None = None,
-    max_log_scale: float | None = None,
-    initial: tuple[jax.Array, ...] | None = None,
-) -> Solution:
-    """Minimizes a criterion over the log-scales of the neurons."""
-    chosen = METHODS.get(method)
-    if chosen is None:
-        raise SpecError(f"unknown method {method!r}; there are {', '.join(map(repr, METHODS))}")
-    if not spec.num_neurons:
-        raise SpecError(no_neuron(spec))
-    limit = max_log_scale
-    if isinstance(gram, Objective):
-        _check_objective(gram, method)
-        if gram.limit is not None:
-            limit = gram.limit if limit is None else min(limit, gram.limit)
-            gram = gram._replace(limit=None)
-    else:
-        match_leaves(spec, gram.mantissa if isinstance(gram, ScaledDiagonal) else gram, "gram")
-    for name, value in (("max_steps", max_steps), ("tol", tol), ("max_log_scale", max_log_scale)):
-        if value is not None and not value >= 0:
-            raise SpecError(f"{name} is {value}; it cannot be negative")
-    if initial is not None:
-        wanted = tuple((group.size,) for group in spec.groups)
-        shapes = tuple(np.shape(part) for part in initial)
-        if shapes != wanted:
-            raise SpecError(f"initial has shapes {shapes}, the groups of the spec {wanted}")
-    max_steps = chosen.max_steps if max_steps is None else int(max_steps)
-    tols = chosen.tol if tol is None else dict.fromkeys(chosen.tol, float(tol))
-    own = limit is not None
-    limit = default_limit(spec) if limit is None else float(limit)
-    return _solve(gram, initial, max_steps, tols, limit, own, spec=spec.symmetry, method=method)
-
-
-def _check_objective(objective: Objective, method: str) -> None:
-    if objective.concave:
-        raise SpecError("the objective has concave terms, which ascent.solve_difference treats")
-    if not objective.terms and not objective.smooth:
-        raise SpecError("the objective has no term")
-    if METHODS[method].one_term and (len(objective.terms) > 1 or objective.smooth):
-        raise SpecError(
-            f"method {method!r} minimizes a single logarithm and the objective is a sum of "
-            f"{len(objective.terms) + len(objective.smooth)} functions; use method='newton'"
-        )
 
 
 def default_limit(spec: ArchSpec) -> float:
@@ -99,10 +33,186 @@ def default_limit(spec: ArchSpec) -> float:
     return 0.45 * float(np.log(largest))
 
 
+class Method(NamedTuple):
+    """An algorithm and its defaults.
+
+    Attributes:
+      goal: the type of what it reaches.
+      prepare: from a goal, the spec and the limit of the box to the problem that ``run`` gets.
+      run: ``run(problem, spec, z, max_steps, tol) -> Run``, z inside the box.
+      max_steps: steps or sweeps.
+      tol: the tolerance for each bit width of the dtype.
+      limit: the limit of the box where neither the caller nor the goal has one.
+      one_term: whether it treats nothing but a single logarithm.
+    """
+
+    goal: type
+    prepare: Callable[[Any, ArchSpec, jax.Array], Problem | RangeProblem]
+    run: Minimize
+    max_steps: int
+    tol: dict[int, float]
+    limit: Callable[[ArchSpec], float] = default_limit
+    one_term: bool = False
+
+
+_minimizer = functools.partial(Method, Objective, flat_objective.make)
+
+# The first method of a goal is its default.
+METHODS = {
+    "newton": _minimizer(newton.newton, 50, {32: 1e-5, 64: 1e-8}),
+    "block": _minimizer(block.block, 100, {32: 1e-2, 64: 1e-6}, one_term=True),
+    "coordinate": _minimizer(coordinate.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True),
+    "fixed_point": Method(
+        Ranges,
+        equal_ranges.make,
+        equal_ranges.fixed_point,
+        1000,
+        {32: 1e-5, 64: 1e-10},
+        # Ranges that agree lie between those that are there, which the parameters hold.
+        limit=lambda spec: np.inf,
+    ),
+}
+
+
+def solve(
+    gram: PyTree | ScaledDiagonal | Goal,
+    spec: ArchSpec,
+    *,
+    method: str | None = None,
+    max_steps: int | None = None,
+    tol: float | None = None,
+    max_log_scale: float | None = None,
+    initial: LogScales | Solution | None = None,
+) -> Solution:
+    """The log-scales that minimize the path criterion of a Gram diagonal.
+
+    With p trainable entries i, incidence B and the diagonal g, the convex function
+    ``F(z) = p log Σ_i g_i e^{2(Bz)_i} − 2 Σ_i (Bz)_i`` of the log-scales z. Neurons without
+    incoming or without outgoing mass keep their log-scale 0.
+
+    Args:
+      gram: the Gram diagonal, a tree like the parameters with nonnegative floating arrays; or its
+        scaled form, which holds diagonals beyond the range of a dtype. (Criteria pass what they
+        want in its place.)
+      spec: the architecture.
+      method: ``"newton"``, all neurons at once by Newton's method with conjugate gradients;
+        ``"block"``, exact minima over whole groups in turn; ``"coordinate"``, the paper's sweeps
+        over single neurons. The last two minimize a single logarithm, and no sums of criteria.
+        Equal ranges have ``"fixed_point"``. None: the first of these that fits, ``"newton"`` for
+        a Gram diagonal.
+      max_steps: at most so many Newton steps (None: 50) or sweeps (None: 100 for ``"block"``, 10,
+        the authors' number, for ``"coordinate"``, 1000 for ``"fixed_point"``). With concave terms,
+        in each round.
+      tol: when to stop. ``"newton"``: norm of the gradient, relative to p (None: 1e-5 in float32,
+        1e-8 in float64). ``"block"``, ``"coordinate"``: Σ|Δ(2z)| over a sweep (None: 1e-2, and
+        1e-6 for ``"block"`` in float64). ``"fixed_point"``: the largest |Δz| of a sweep (None:
+        1e-5, 1e-10).
+      max_log_scale: the box ``|z| ≤ max_log_scale``. None: as far as the dtype of the parameters
+        allows, about 40 in float32.
+      initial: log-scales to start from, one array ``(group.size,)`` per group, or a solution.
+        None: 0.
+
+    Returns:
+      The solution; ``print`` shows it. Arrays are in the dtype of the diagonal, float32 at least.
+      Where the input is not finite, or has a negative mass, all log-scales are 0 and the status
+      says so.
+
+    Raises:
+      SpecError: the diagonal does not fit the spec, the spec has no neuron to rescale, or an
+        option cannot be used.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> solution = pathcond.solve(pathcond.gram_diagonal(params, spec), spec)
+      >>> jnp.round(jnp.exp(solution.log_scales[0]), 3).tolist()
+      [0.5, 0.5]
+      >>> pathcond.Status(int(solution.status)).name
+      'CONVERGED'
+
+    References:
+      Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799: the
+      criterion, and Lemma 4.1 for ``"coordinate"``.
+    """
+    if not isinstance(gram, Goal):
+        match_leaves(spec, gram.mantissa if isinstance(gram, ScaledDiagonal) else gram, "gram")
+    if not spec.num_neurons:
+        raise SpecError(no_neuron(spec))
+    name = _method_name(method, type(gram) if isinstance(gram, Goal) else Objective)
+    limits = [_nonnegative("max_log_scale", max_log_scale)]
+    if isinstance(gram, Goal):
+        _check_goal(gram, name, limits)
+        limits.append(gram.limit)
+        gram = gram._replace(limit=None)
+    chosen = METHODS[name]
+    limit = min((bound for bound in limits if bound is not None), default=None)
+    steps, tol = _nonnegative("max_steps", max_steps), _nonnegative("tol", tol)
+    return _solve(
+        gram,
+        _checked_initial(initial, spec),
+        chosen.max_steps if steps is None else int(steps),
+        chosen.tol if tol is None else dict.fromkeys(chosen.tol, float(tol)),
+        chosen.limit(spec) if limit is None else float(limit),
+        limit is not None,
+        spec=spec.symmetry,
+        method=name,
+    )
+
+
+def _method_name(method: str | None, goal: type) -> str:
+    fitting = [name for name, entry in METHODS.items() if entry.goal is goal]
+    if method is None:
+        return fitting[0]
+    if method not in fitting:
+        unfit = f"method {method!r} does not fit this criterion"
+        what = unfit if method in METHODS else f"unknown method {method!r}"
+        raise SpecError(f"{what}; there are {', '.join(map(repr, fitting))}")
+    return method
+
+
+def _nonnegative(name: str, value: Any) -> Any:
+    if is_traced(value):
+        raise SpecError(
+            f"{name} is traced; it must be a number: bind it before jax.jit, as in "
+            f"jax.jit(functools.partial(condition, {name}=1.0))"
+        )
+    if value is not None and not value >= 0:
+        raise SpecError(f"{name} is {value}; it cannot be negative")
+    return value
+
+
+def _checked_initial(initial: Any, spec: ArchSpec) -> LogScales | None:
+    if initial is None:
+        return None
+    given = tuple(log_scales_of(initial))
+    wanted = tuple((group.size,) for group in spec.groups)
+    shapes = tuple(np.shape(part) for part in given)
+    if shapes != wanted:
+        raise SpecError(f"initial has shapes {shapes}, the groups of the spec {wanted}")
+    return given
+
+
+def _check_goal(goal: Goal, method: str, limits: list[float | None]) -> None:
+    if isinstance(goal, Ranges):
+        return
+    if goal.concave and goal.limit is None and limits == [None]:
+        raise SpecError("an objective with concave terms needs a box: pass max_log_scale")
+    if not goal.terms and not goal.smooth and not goal.concave:
+        raise SpecError("the objective has no term")
+    count = len(goal.terms) + len(goal.smooth)
+    if METHODS[method].one_term and (count > 1 or goal.smooth):
+        raise SpecError(
+            f"method {method!r} minimizes a single logarithm and the objective is a sum of "
+            f"{count} functions; use method='newton'"
+        )
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "method"))
 def _solve(
     gram: PyTree,
-    initial: tuple[jax.Array, ...] | None,
+    initial: LogScales | None,
     max_steps: int | jax.Array,
     tols: dict[int, float | jax.Array],
     limit: float | jax.Array,
@@ -111,14 +221,18 @@ def _solve(
     spec: ArchSpec,
     method: str,
 ) -> Solution:
-    objective = gram if isinstance(gram, Objective) else path_objective(spec, gram)
-    task = flat_objective.make(objective, spec, limit)
-    dtype = task.linear.dtype
-    z = jnp.zeros_like(task.linear)
+    chosen = METHODS[method]
+    goal = gram if isinstance(gram, Goal) else path_objective(spec, gram)
+    problem = chosen.prepare(goal, spec, jnp.asarray(limit))
+    dtype = problem.box.limit.dtype
+    z = jnp.zeros((spec.num_neurons,), dtype)
     if initial is not None:
-        z = jnp.concatenate([jnp.asarray(part).astype(dtype) for part in initial])
-        z = jnp.where(task.alive & jnp.isfinite(z), task.clip(z), 0)
+        z = problem.box.start(concatenated(initial, dtype))
+    run = chosen.run
+    if isinstance(goal, Objective) and goal.concave:
+        run = functools.partial(difference.descend, run)
     # Python's numbers under jax.disable_jit.
     tol = jnp.asarray(tols[jnp.finfo(dtype).bits]).astype(dtype)
-    run = METHODS[method].run(task, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
-    return solution_of(task, spec, run, jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED))
+    found = run(problem, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
+    if_clipped = jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED)
+    return solution_of(found, problem.box, layout(spec).sizes, if_clipped)

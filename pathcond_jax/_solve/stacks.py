@@ -6,6 +6,11 @@ columns are numbered as *positions*, and B z, Bᵀ w and the sums of ``mass · e
 rows and columns become a gather, a segment sum and matrix-vector products. Masses are kept
 equilibrated, in [0, 1] beside the logarithms of a factor per row and per column, so that networks
 of any depth stay inside float32.
+
+To be read in three parts. Types first: a :class:`Piece` is a block or some of its entries, the
+:class:`Table` arranges all pieces of a spec, :class:`Masses` are the numbers of one term. Then what
+the solvers call, from :func:`spread` (B z) and :func:`collect` (Bᵀ w) to the products. Last, in
+NumPy and once per spec, how the arrangement is found, from :func:`_pieces` on.
 """
 
 import functools
@@ -73,6 +78,11 @@ class Table(NamedTuple):
     order: np.ndarray
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The size of each group."""
+        return tuple(stop - start for start, stop in itertools.pairwise(self.starts))
+
+    @property
     def pieces(self) -> tuple[Piece, ...]:
         """The pieces of all stacks in order."""
         return tuple(piece for stack in self.stacks for piece in stack)
@@ -105,7 +115,7 @@ def table(spec: ArchSpec) -> Table:
     starts = tuple(int(n) for n in np.cumsum([0, *layout(spec).sizes]))
     pieces = [p for k, b in enumerate(layout(spec).blocks) for p in _pieces(k, b, starts)]
     depth = max(slots.shape[0] for piece in pieces for slots in (piece.rows, piece.cols))
-    stacks = _stacks(pieces, depth, 2 * starts[-1])
+    stacks = _merged(pieces, depth, 2 * starts[-1])
     sides = [
         [getattr(piece, side).reshape(depth, -1) for piece in stack]
         for stack in stacks
@@ -127,7 +137,7 @@ def table(spec: ArchSpec) -> Table:
 
 def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> Stacks:
     """A term's masses as they are, and a logarithm per batch entry by which they are scaled."""
-    return tuple(_stack(term, stack, dtype) for stack in table.stacks)
+    return tuple(_fitted_stack(term, stack, dtype) for stack in table.stacks)
 
 
 def are_masses(stacks: Stacks) -> jax.Array:
@@ -144,7 +154,7 @@ def equilibrate(stacks: Stacks, valid: jax.Array) -> Masses:
     """Masses, 0 unless ``valid``, divided by the largest of their rows and of their columns."""
     parts = [_equilibrated(values, logs, valid) for values, logs in stacks]
     logs = [(rows, cols) for _, rows, cols in parts]
-    return Masses(tuple(values for values, _, _ in parts), join(logs))
+    return Masses(tuple(values for values, _, _ in parts), join_sides(logs))
 
 
 def signed(z: jax.Array) -> jax.Array:
@@ -212,13 +222,13 @@ def logsumexp(logs: jax.Array, axis: int | None = None) -> jax.Array:
     return jnp.log(jnp.exp(logs - top).sum(axis)) + jnp.squeeze(top, axis)
 
 
-def join(sides: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+def join_sides(sides: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     """One value per position, from (batch, rows) and (batch, cols) arrays per stack."""
     return jnp.concatenate([side.reshape(-1) for pair in sides for side in pair])
 
 
-def split(table: Table, values: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """The inverse of :func:`join`."""
+def split_sides(table: Table, values: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """The inverse of :func:`join_sides`."""
     sizes = [batch * n for batch, *sides in table.shapes for n in sides]
     parts = iter(jnp.split(values, np.cumsum(sizes)[:-1]))
     return [
@@ -227,39 +237,41 @@ def split(table: Table, values: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     ]
 
 
-def product(values: jax.Array, vectors: jax.Array, side: int) -> jax.Array:
+def matvec(values: jax.Array, vectors: jax.Array, side: int) -> jax.Array:
     """``values @ vectors`` for each batch entry, transposed for side 1."""
     return jnp.einsum(("brc,bc->br", "brc,br->bc")[side], values, vectors)
 
 
-def log_product(values: jax.Array, logs: jax.Array, side: int) -> jax.Array:
-    """Log of :func:`product` with exp(logs)."""
+def log_matvec(values: jax.Array, logs: jax.Array, side: int) -> jax.Array:
+    """Log of :func:`matvec` with exp(logs)."""
     top = _finite(jnp.max(logs, axis=1, keepdims=True))
-    return jnp.log(product(values, jnp.exp(logs - top), side)) + top
+    return jnp.log(matvec(values, jnp.exp(logs - top), side)) + top
 
 
-def products(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> jax.Array:
+def matvecs(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> jax.Array:
     """For each position, the sum of its weights times the value of the other position."""
-    sides = zip(weights, split(table, values), strict=True)
-    return join([(product(w, b, 0), product(w, a, 1)) for w, (a, b) in sides])
+    sides = zip(weights, split_sides(table, values), strict=True)
+    return join_sides([(matvec(w, b, 0), matvec(w, a, 1)) for w, (a, b) in sides])
 
 
 def quadratic(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> jax.Array:
     """The sum over all entries of weight times the values of both positions."""
-    sides = zip(weights, split(table, values), strict=True)
-    return jnp.stack([(a * product(w, b, 0)).sum() for w, (a, b) in sides]).sum()
+    sides = zip(weights, split_sides(table, values), strict=True)
+    return jnp.stack([(a * matvec(w, b, 0)).sum() for w, (a, b) in sides]).sum()
 
 
 def log_sums(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
     """Log of the sum over each position of ``values · exp(exponents of both positions)``."""
-    sides = zip(masses.values, split(table, exponents), strict=True)
-    return exponents + join([(log_product(v, y, 0), log_product(v, x, 1)) for v, (x, y) in sides])
+    sides = zip(masses.values, split_sides(table, exponents), strict=True)
+    return exponents + join_sides(
+        [(log_matvec(v, y, 0), log_matvec(v, x, 1)) for v, (x, y) in sides]
+    )
 
 
 def log_total(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
     """Log of the sum over all entries of ``values · exp(exponents of both positions)``."""
-    sides = zip(masses.values, split(table, exponents), strict=True)
-    rows = [x + log_product(v, y, 0) for v, (x, y) in sides]
+    sides = zip(masses.values, split_sides(table, exponents), strict=True)
+    rows = [x + log_matvec(v, y, 0) for v, (x, y) in sides]
     return logsumexp(jnp.concatenate([row.reshape(-1) for row in rows]))
 
 
@@ -271,7 +283,7 @@ def normalized(
     limit = 0.9 * float(np.log(jnp.finfo(total.dtype).max))
     return tuple(
         values * jnp.exp(jnp.minimum(x[:, :, None] + (y[:, None, :] - total), limit))
-        for values, (x, y) in zip(masses.values, split(table, exponents), strict=True)
+        for values, (x, y) in zip(masses.values, split_sides(table, exponents), strict=True)
     )
 
 
@@ -279,7 +291,9 @@ def _finite(top: jax.Array) -> jax.Array:
     return jnp.where(top > -jnp.inf, top, 0)
 
 
-def _stack(term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _fitted_stack(
+    term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     parts = []
     for piece in stack:
         values = term.masses[piece.block].astype(dtype)
@@ -305,6 +319,15 @@ def _equilibrated(
 
 
 def _pieces(number: int, block: Block, starts: tuple[int, ...]) -> list[Piece]:
+    """A block as pieces in each of which (Bz) of an entry is its row's plus its column's.
+
+    In one layer whose neurons both read and write a stream, x + W x or a recurrent kernel, entry
+    (h, h) enters and leaves neuron h: −z_h of its row and +z_h of its column cancel, and no scale
+    moves it. Sums over rows and columns would count its mass as incoming *and* as outgoing mass of
+    h. So such entries are cleared from the block and make a piece of their own, a column of single
+    entries that keep what their row and column carry besides the opposite pair. (In a block of
+    several links per side each pair of opposite positions is looked for apart.)
+    """
     size = starts[-1]
     rows, cols = (
         _slots(axis.links, (block.batch, axis.size), starts) for axis in (block.rows, block.cols)
@@ -347,27 +370,29 @@ def _places(slots: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray
     found = np.argsort(flat, kind="stable")
     ends = np.searchsorted(flat[found], np.arange(count + 1))
     sizes = np.diff(ends)
-    # Up to 4, 16, 64, ... in an array: a neuron of a long residual stream pads no others.
-    kinds = np.ceil(0.5 * np.log2(np.maximum(sizes, 4)))
+    # Bins of up to 4, 16, 64, ...: a neuron of a long residual stream pads no others.
+    bins = np.ceil(0.5 * np.log2(np.maximum(sizes, 4)))
     places = []
-    for kind in np.unique(kinds):
-        chosen = sizes[kinds == kind]
+    for bin_ in np.unique(bins):
+        chosen = sizes[bins == bin_]
         rows = np.full((chosen.size, max(chosen.max(), 1)), width)
-        inside = np.repeat(kinds == kind, sizes)
+        inside = np.repeat(bins == bin_, sizes)
         rows[np.arange(rows.shape[1]) < chosen[:, None]] = found[: ends[-1]][inside] % width
         places.append(rows)
-    return places, np.argsort(np.argsort(kinds, kind="stable"))
+    return places, np.argsort(np.argsort(bins, kind="stable"))
 
 
 def _opposite(row: np.ndarray, col: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
     """The entries (batch, row, column) whose row and column carry opposite positions."""
     opposite = np.where(row < 2 * size, (row + size) % (2 * size), -1)
     if not np.isin(opposite, col).any():
-        return (np.zeros(0, int),) * 3
-    return np.nonzero(opposite[:, :, None] == col[:, None, :])
+        return (np.zeros(0, np.int32),) * 3
+    # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
+    found = np.nonzero(opposite[:, :, None] == col[:, None, :])
+    return tuple(places.astype(np.int32) for places in found)
 
 
-def _stacks(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, ...], ...]:
+def _merged(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, ...], ...]:
     """Pieces of one shape together, and pieces of other shapes with them where that is cheap.
 
     Each stack makes the compiled program longer; zeros around the smaller pieces do not.

@@ -16,3 +16,9 @@ def compute_dtype(*dtypes: Any) -> Any:
     # jnp.promote_types refuses mixed floats where the user has asked for strict promotion.
     floats = [jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
     return max([jnp.dtype(jnp.float32), *floats], key=lambda d: jnp.finfo(d).bits)
+
+
+def widened(value: Any) -> jax.Array:
+    """A floating array in the dtype that is computed in: float32 at least."""
+    value = jnp.asarray(value)
+    return value.astype(compute_dtype(value.dtype))

@@ -32,9 +32,14 @@ def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
 
 
 def times_power_of_two(value: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Value · 2^exponent in two steps: the power may leave the range where the product does not."""
+    """Value · 2^exponent, also where the power alone would leave the range of the dtype."""
+    # In two steps, of which neither is 0 or inf: a value of 0 stays 0.
+    info = jnp.finfo(value.dtype)
     half = lax.shift_right_arithmetic(exponent, np.int32(1))
-    return value * power_of_two(half, value.dtype) * power_of_two(exponent - half, value.dtype)
+    for part in (half, exponent - half):
+        normal = lax.clamp(np.int32(info.minexp), part, np.int32(info.maxexp - 1))
+        value = value * power_of_two(normal, value.dtype)
+    return value
 
 
 def exponent_of(value: jax.Array) -> jax.Array:

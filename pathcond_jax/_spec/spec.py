@@ -6,16 +6,25 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import jax
+
 from pathcond_jax._spec.types import Leaf, NeuronGroup, Pinned, PyTree, SpecError, listed
 
 
+# Without leaves for JAX: `jax.jit(condition)(params, spec)` and a vmap over both need no more.
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArchSpec:
     """What may be rescaled in a network: static, printable, compared and hashed by identity.
 
-    Build it once with ``trace_spec`` or ``chain_spec``; close over it or pass it as a static
-    argument of ``jax.jit``. Outside of ``jit`` a second trace of the same network finds all
+    Build it once with ``trace_spec`` or ``chain_spec``; close over it, or pass it to a function
+    that is transformed by ``jax.jit`` or ``jax.vmap``: it is a pytree without leaves, and a static
+    argument if it is declared one. Outside of ``jit`` a second trace of the same network finds all
     compiled.
+
+    A copy is the spec itself. ``pickle`` and ``cloudpickle`` store what is plain data: groups,
+    leaves and reasons, but neither the program nor the apply function. What comes back rescales
+    and solves; for path lifting, trace the network again.
 
     Attributes:
       groups: the neuron groups in forward order.
@@ -67,6 +76,15 @@ class ArchSpec:
         return _SYMMETRIES.setdefault(key, bare)
 
     @cached_property
+    def rescaled_paths(self) -> frozenset[str]:
+        """The paths of the leaves that any neuron enters or leaves."""
+        return frozenset(
+            incidence.path
+            for group in self.groups
+            for incidence in (*group.incoming, *group.outgoing)
+        )
+
+    @cached_property
     def _by_path(self) -> dict[str, Leaf]:
         return {leaf.path: leaf for leaf in self.leaves}
 
@@ -93,10 +111,31 @@ class ArchSpec:
             if any(i.path == path for i in (*group.incoming, *group.outgoing))
         )
 
+    def __copy__(self) -> "ArchSpec":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ArchSpec":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., "ArchSpec"], tuple[Any, ...]]:
+        # Containers that are not JAX's own may compare unequal inside an unpickled treedef.
+        skeleton = jax.tree.unflatten(self.treedef, range(len(self.leaves)))
+        return _unpickled, (self.groups, self.leaves, skeleton, self.pinned, self.max_pool)
+
     def __str__(self) -> str:
         return _table(self)
 
     __repr__ = __str__
+
+
+def _unpickled(
+    groups: tuple[NeuronGroup, ...],
+    leaves: tuple[Leaf, ...],
+    skeleton: PyTree,
+    pinned: tuple[Pinned, ...],
+    max_pool: str,
+) -> ArchSpec:
+    return ArchSpec(groups, leaves, jax.tree.structure(skeleton), pinned, max_pool=max_pool)
 
 
 _SYMMETRIES: weakref.WeakValueDictionary[Any, ArchSpec] = weakref.WeakValueDictionary()

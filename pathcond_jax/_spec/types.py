@@ -36,6 +36,10 @@ class Incidence:
         object.__setattr__(self, "axes", tuple(int(a) for a in np.atleast_1d(self.axes)))
         object.__setattr__(self, "index", index)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through __post_init__, which makes the index read-only again.
+        return Incidence, (self.path, self.axes, self.index)
+
     def __str__(self) -> str:
         return f"{self.path}[{','.join(map(str, self.axes))}]"
 

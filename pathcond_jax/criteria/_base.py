@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from pathcond_jax._program import roles
-from pathcond_jax._solve import equal_ranges
-from pathcond_jax._solve.difference import solve_difference
-from pathcond_jax._solve.objective import MAX, LogSum, Objective, reduce_masses
+from pathcond_jax._solve.objective import MAX, Goal, LogSum, Objective, Ranges, reduce_masses
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._solve.solve import solve
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -31,17 +30,66 @@ class Criterion(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
+    def goal(self, params: PyTree, spec: ArchSpec) -> Goal:
+        """What is to be minimized, or made to agree.
+
+        Args:
+          params: the parameters the spec was built for.
+          spec: the architecture.
+
+        Returns:
+          An objective, or ranges.
+        """
+
+    def solve(
+        self,
+        params: PyTree,
+        spec: ArchSpec,
+        *,
+        method: str | None = None,
+        max_steps: int | None = None,
+        tol: float | None = None,
+        max_log_scale: float | None = None,
+        initial: LogScales | Solution | None = None,
+    ) -> Solution:
         """The log-scales that this criterion chooses.
 
         Args:
           params: the parameters the spec was built for.
           spec: the architecture.
-          **options: of :func:`pathcond_jax.solve`.
+          method: as in :func:`pathcond_jax.solve`, and so are the other options.
+          max_steps: at most so many steps or sweeps.
+          tol: when to stop.
+          max_log_scale: the box ``|z| ≤ max_log_scale``; a criterion that has a box of its own
+            keeps the smaller one.
+          initial: log-scales to start from, or a solution.
 
         Returns:
           The solution; log-scales 0 and a status where a parameter is not finite.
+
+        Raises:
+          SpecError: ``params`` does not fit the spec, the spec has no neuron to rescale, or an
+            option cannot be used.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import pathcond_jax as pathcond
+          >>> params = {"a": {"w": jnp.array([[9.0]])}, "b": {"w": jnp.array([[1.0]])}}
+          >>> spec = pathcond.chain_spec(params, ["a", "b"])
+          >>> solution = pathcond.criteria.norm().solve(params, spec, max_log_scale=0.5)
+          >>> solution.log_scales[0].tolist(), pathcond.Status(int(solution.status)).name
+          ([-0.5], 'CLIPPED')
         """
+        goal = self.goal(params, spec).unless(_all_finite(params, spec.symmetry))
+        return solve(
+            goal,
+            spec,
+            method=method,
+            max_steps=max_steps,
+            tol=tol,
+            max_log_scale=max_log_scale,
+            initial=initial,
+        )
 
     def __add__(self, other: Any) -> "Criterion":
         if not isinstance(self, Balance) or not isinstance(other, Balance):
@@ -83,14 +131,9 @@ class Balance(Criterion):
     name: str
     objective: Callable[[PyTree, ArchSpec], Objective]
 
-    def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
-        """Minimizes the function; see :class:`Criterion`."""
-        goal = _poisoned_unless_finite(self.objective(params, spec), spec, params)
-        return (
-            solve_difference(goal, spec, **options)
-            if goal.concave
-            else solve(goal, spec, **options)
-        )
+    def goal(self, params: PyTree, spec: ArchSpec) -> Objective:
+        """The function; see :class:`Criterion`."""
+        return self.objective(params, spec)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,20 +151,17 @@ class RangeBalance(Criterion):
     incoming: Callable[[ArchSpec], tuple[jax.Array, ...]] | None = None
     alpha: float = 0.5
 
-    def solve(self, params: PyTree, spec: ArchSpec, **options: Any) -> Solution:
-        """Finds the fixed point; see :class:`Criterion`."""
+    def goal(self, params: PyTree, spec: ArchSpec) -> Ranges:
+        """The ranges of weights, biases left out; see :class:`Criterion`."""
         values = match_leaves(spec, params)
         biases = roles.biases(spec)
         sizes = [
             jnp.zeros_like(value) if leaf.path in biases else jnp.abs(value)
             for leaf, value in zip(spec.leaves, values, strict=True)
         ]
-        masses, logs = reduce_masses(spec, jax.tree.unflatten(spec.treedef, sizes), MAX)
-        finite = _all_finite(params, spec.symmetry)
-        masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in masses)
-        term = LogSum(1.0, -1.0, masses, logs)
+        masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, sizes), MAX)
         given = None if self.incoming is None else self.incoming(spec)
-        return equal_ranges.balance_ranges(term, spec, given, self.alpha, **options)
+        return Ranges(LogSum(1.0, -1.0, *masses), given, self.alpha)
 
 
 def _added(one: Objective, two: Objective) -> Objective:
@@ -145,13 +185,6 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
         smooth=scale(goal.smooth),
         concave=scale(goal.concave),
     )
-
-
-def _poisoned_unless_finite(goal: Objective, spec: ArchSpec, params: PyTree) -> Objective:
-    """A parameter that is not finite makes the objective NaN, which solvers report."""
-    first, *others = goal.linear
-    poisoned = jnp.where(_all_finite(params, spec.symmetry), jnp.asarray(first), jnp.nan)
-    return goal._replace(linear=(poisoned, *others))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -35,6 +35,7 @@ References:
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._program import roles
 from pathcond_jax._solve.layout import layout
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
-from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.arrays import compute_dtype, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -355,19 +356,53 @@ CRITERIA: dict[str, Callable[[], Criterion]] = {
 }
 
 
-def as_criterion(criterion: Criterion | str, *, norm_weight: float = 0.0) -> Criterion:
+def as_criterion(criterion: Criterion | str, *, norm_weight: float | jax.Array = 0.0) -> Criterion:
     """The criterion of a name, plus ``norm_weight`` times ``norm()``.
+
+    Args:
+      criterion: a criterion, a name of ``CRITERIA``, or the name of a function of this module that
+        needs no arguments.
+      norm_weight: not negative.
 
     Raises:
       SpecError: there is no such criterion.
     """
-    if isinstance(criterion, str) and criterion in CRITERIA:
-        criterion = CRITERIA[criterion]()
+    if isinstance(criterion, str):
+        criterion = _by_name(criterion)
     if not isinstance(criterion, Criterion):
-        known = ", ".join(map(repr, CRITERIA))
-        raise SpecError(f"no criterion {criterion!r}; there are {known} and those of criteria.py")
+        name = getattr(criterion, "__name__", "")
+        hint = f"; call it: criteria.{name}({_needed(name)})" if name in _FACTORIES else ""
+        raise SpecError(f"no criterion {name or criterion!r}{hint}; there are {_known()}")
     plain = isinstance(norm_weight, (int, float)) and norm_weight == 0
     return criterion if plain else criterion + norm_weight * norm()
+
+
+_FACTORIES: dict[str, Callable[..., Criterion]] = {
+    factory.__name__: factory
+    for factory in (path, norm, equalize, fisher, steepest, activation, weighted, convex)
+}
+
+
+def _by_name(name: str) -> Criterion:
+    factory = {**_FACTORIES, **CRITERIA}.get(name)
+    if factory is None:
+        raise SpecError(f"no criterion {name!r}; there are {_known()}")
+    if name in _FACTORIES and _needed(name):
+        raise SpecError(
+            f"criterion {name!r} needs more than its name: pass "
+            f"criterion=pathcond_jax.criteria.{name}({_needed(name)})"
+        )
+    return factory()
+
+
+def _needed(name: str) -> str:
+    """The arguments without which a criterion cannot be made."""
+    arguments = inspect.signature(_FACTORIES[name]).parameters.values()
+    return ", ".join(argument.name for argument in arguments if argument.default is argument.empty)
+
+
+def _known() -> str:
+    return f"{', '.join(map(repr, CRITERIA))} and those of pathcond_jax.criteria"
 
 
 def _nothing(spec: ArchSpec) -> tuple[np.ndarray, ...]:
@@ -385,8 +420,7 @@ def _powers(
 
 def _power(value: Any, p: float, extra: float) -> tuple[jax.Array, jax.Array]:
     """``|value|^p 2^extra`` as a mantissa and the exponent of a power of two."""
-    value = jnp.asarray(value)
-    sizes = jnp.abs(value.astype(compute_dtype(value.dtype)))
+    sizes = jnp.abs(widened(value))
     largest = jnp.max(sizes, initial=0)
     largest = jnp.where(largest > 0, largest, 1)
     log = p * jnp.log2(largest) + extra
@@ -396,8 +430,7 @@ def _power(value: Any, p: float, extra: float) -> tuple[jax.Array, jax.Array]:
 
 def _squared(tree: PyTree, spec: ArchSpec, what: str) -> PyTree:
     def square(value: Any) -> jax.Array:
-        value = jnp.asarray(value)
-        return jnp.square(value.astype(compute_dtype(value.dtype)))
+        return jnp.square(widened(value))
 
     values = match_leaves(spec, tree, what)
     return jax.tree.unflatten(

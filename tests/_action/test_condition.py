@@ -194,6 +194,22 @@ class TestTheFunctionStays:
         assert np.isnan(pathcond.check_spec(spec, params, x.at[0, 0].set(jnp.nan)))
 
 
+class TestSolutions:
+    def test_rescale_takes_a_solution(self, mlp):
+        conditioned, solution = pathcond.condition(mlp.params, mlp.spec)
+        rescaled = pathcond.rescale(mlp.params, mlp.spec, solution)
+        assert_same_bits(rescaled, pathcond.rescale(mlp.params, mlp.spec, solution.log_scales))
+        assert_close(rescaled, conditioned, rtol=1e-6)
+        short = solution._replace(log_scales=solution.log_scales[:1])
+        with pytest.raises(pathcond.SpecError, match="1 arrays of log-scales for 2 groups"):
+            pathcond.rescale(mlp.params, mlp.spec, short)
+
+    def test_condition_goes_on_from_a_solution(self, mlp):
+        _, solution = pathcond.condition(mlp.params, mlp.spec)
+        _, again = pathcond.condition(mlp.params, mlp.spec, initial=solution)
+        assert int(again.num_steps) <= 2
+
+
 class TestTransformations:
     def test_jit_gives_the_same_and_compiles_once(self, mlp):
         traces = []

@@ -69,6 +69,24 @@ def test_condition_nnx_keeps_the_mode_and_takes_a_spec(model):
     assert pathcond.nnx_spec(model, image(6)).num_neurons == spec.num_neurons
 
 
+def test_condition_nnx_takes_the_spec_where_condition_does(model):
+    spec = pathcond.nnx_spec(model, image(6))
+    by_name, by_place = nnx.clone(model), nnx.clone(model)
+
+    pathcond.condition_nnx(by_name, spec=spec, criterion="enorm")
+    pathcond.condition_nnx(by_place, spec, "enorm")
+
+    for one, two in zip(
+        jax.tree.leaves(nnx.state(by_name, nnx.Param)),
+        jax.tree.leaves(nnx.state(by_place, nnx.Param)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, two)
+    assert not np.allclose(by_place.layers[1].kernel[...], model.layers[1].kernel[...])
+    with pytest.raises(pathcond.SpecError, match="got two specs"):
+        pathcond.condition_nnx(model, spec, spec=spec)
+
+
 def test_nnx_spec_works_from_shapes():
     abstract = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
 

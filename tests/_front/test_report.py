@@ -71,3 +71,9 @@ def test_a_network_without_neurons_is_named():
     spec = pathcond.trace_spec(lambda p, x: jnp.tanh(x @ p["w"]), params, jnp.ones((1, 2)))
     with pytest.raises(pathcond.SpecError, match="no neuron to rescale"):
         pathcond.report(params, spec)
+
+
+def test_arguments_in_the_wrong_order_are_named():
+    params, spec = traced("plain-jax")
+    with pytest.raises(pathcond.SpecError, match=r"spec must be an ArchSpec.*\(params, spec\)"):
+        pathcond.report(spec, params)

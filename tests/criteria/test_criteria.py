@@ -347,6 +347,14 @@ def test_criteria_run_under_jit_and_vmap():
             np.testing.assert_allclose(both[0], one, rtol=1e-4, atol=1e-5)
 
 
+def test_names_of_criteria_without_arguments_work():
+    params, spec, _ = traced("plain-jax")
+    _, named = pathcond.condition(params, spec, "norm")
+    _, called = pathcond.condition(params, spec, criteria.norm())
+    for one, two in zip(named.log_scales, called.log_scales, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def test_bad_calls_are_named():
     params, spec, _ = traced("plain-jax")
     norm, equalize, ones = criteria.norm(), criteria.equalize(), jax.tree.map(jnp.ones_like, params)
@@ -366,7 +374,23 @@ def test_bad_calls_are_named():
             lambda: pathcond.condition(params, spec, criteria.activation([])),
         ),
         ("no group 'x'", lambda: pathcond.condition(params, spec, criteria.activation({"x": 1.0}))),
-        ("no option 'method'", lambda: pathcond.condition(params, spec, equalize, method="block")),
+        (
+            "method 'block' does not fit this criterion; there are 'fixed_point'",
+            lambda: pathcond.condition(params, spec, equalize, method="block"),
+        ),
+        (
+            r"'activation' needs more than its name: .*criteria\.activation\(statistics\)",
+            lambda: pathcond.condition(params, spec, "activation"),
+        ),
+        (
+            r"'steepest' needs more .*steepest\(grads, radius\)",
+            lambda: pathcond.condition(params, spec, "steepest"),
+        ),
+        (
+            r"call it: criteria\.norm\(\)",
+            lambda: pathcond.condition(params, spec, criteria.norm),
+        ),
+        ("no criterion 7; there are", lambda: pathcond.condition(params, spec, 7)),
         ("neither a function", lambda: pathcond.condition(params, spec, criteria.fisher((1.0,)))),
         (
             "must return a tree",

@@ -1,0 +1,29 @@
+"""Log-scales, the unknowns of everything here: one array per group, or one flat vector."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LogScales = tuple[jax.Array, ...]
+"""z, one array ``(group.size,)`` per group of a spec, in its order; the scales are λ = e^z."""
+
+
+def concatenated(log_scales: Sequence[Any], dtype: Any) -> jax.Array:
+    """The log-scales of all neurons, (H,)."""
+    return jnp.concatenate([jnp.asarray(part).astype(dtype) for part in log_scales])
+
+
+def by_group(values: jax.Array, sizes: Sequence[int]) -> LogScales:
+    """The inverse of :func:`concatenated`.
+
+    Args:
+      values: one number per neuron, (H,).
+      sizes: the size of each group.
+
+    Returns:
+      One array per group.
+    """
+    return tuple(jnp.split(values, np.cumsum(sizes, dtype=int)[:-1]))

@@ -1,0 +1,96 @@
+"""A solution as people see it: a table, a sentence for each status, never an exception."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pathcond_jax as pathcond
+from pathcond_jax._solve.solution import Solution
+
+Status = pathcond.Status
+
+
+def solved(status=0, sizes=(3, 2), **fields):
+    numbers = {
+        "log_scales": tuple(
+            jnp.linspace(-1.0, 0.5, size) * (k + 1) for k, size in enumerate(sizes)
+        ),
+        "objective": jnp.float32(12.5),
+        "gradient_norm": jnp.float32(1e-6),
+        "suboptimality": jnp.float32(1e-4),
+        "num_steps": jnp.int32(7),
+        "num_products": jnp.int32(30),
+        "status": jnp.int32(status),
+    }
+    return Solution(**numbers | fields)
+
+
+@pytest.mark.parametrize("status", Status)
+def test_every_status_has_a_sentence(status):
+    assert len(status.sentence.split()) >= 4
+    assert f"{status.name}:" in Status.__doc__
+    assert str(solved(status)).startswith(f"{status.name}: {status.sentence} (7 steps)")
+
+
+def test_the_table():
+    assert str(solved()).splitlines() == [
+        "CONVERGED: the tolerance is met (7 steps)",
+        "objective 12.5, at most 0.0001 above the minimum",
+        "group  size  largest |log-scale|",
+        "0      3     1",
+        "1      2     2",
+    ]
+    assert "minimum" not in str(solved(suboptimality=jnp.float32(jnp.inf)))
+
+
+def test_of_many_groups_the_largest_are_shown():
+    shown = str(solved(sizes=(2,) * 30)).splitlines()
+    assert shown[3].split() == ["20", "2", "21"]
+    assert shown[12].split() == ["29", "2", "30"]
+    assert shown[13:] == ["and 20 more groups of smaller ones"]
+
+
+def test_of_many_solutions_the_endings_are_counted():
+    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), solved(), solved(2), solved())
+    assert str(many).splitlines() == [
+        "3 solutions: 2 CONVERGED, 1 NON_FINITE",
+        "group  size  largest |log-scale|",
+        "0      3     1",
+        "1      2     2",
+    ]
+
+
+def test_a_code_that_is_no_status():
+    assert "status 9 (7 steps)" in str(solved(9))
+
+
+def test_what_is_not_known_is_shown_as_it_is():
+    shown = []
+
+    def traced(solution):
+        shown.extend([str(solution), f"{solution}"])
+        return solution
+
+    jax.jit(traced)(solved())
+    jax.vmap(traced)(jax.tree.map(lambda leaf: leaf[None], solved()))
+    shown += [
+        str(jax.eval_shape(lambda: solved())),
+        str(jax.tree.map(lambda _: None, solved())),
+        str(jax.tree.map(lambda _: "data", solved())),
+    ]
+    deleted = solved(objective=jnp.float32(1.0) + 1)
+    deleted.objective.delete()
+    shown.append(str(deleted))
+    assert all(text.startswith("Solution(") for text in shown)
+
+
+def test_numpy_arrays_are_shown():
+    assert str(jax.tree.map(np.asarray, solved())) == str(solved())
+
+
+def test_a_solution_is_a_pytree_of_arrays():
+    leaves = jax.tree.leaves(solved())
+    assert len(leaves) == 8
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert repr(solved()).startswith("Solution(log_scales=(Array(")
