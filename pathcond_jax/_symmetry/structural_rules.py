@@ -121,7 +121,9 @@ def pad(scope: Scope, scale: Scale, value: Scale) -> list[Terms]:
     """Padding with zeros fits every scale, padding with other constants none."""
     ndim = len(scope.out_shape())
     if not is_wild(value.terms):
-        return [scope.equate((scale, value), ndim, "fills in a constant that fixes the scale")]
+        scope.equate((scale, value), ndim, "fills in a constant that fixes the scale")
+        # Entries and filling now have one scale, whatever the size.
+        return [expand(value, ndim)]
 
     def move(labels: np.ndarray) -> np.ndarray:
         config = scope.params["padding_config"]

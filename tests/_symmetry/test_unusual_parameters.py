@@ -10,7 +10,15 @@ import pathcond_jax as pathcond
 
 RNG = np.random.default_rng(0)
 W, U, V, X = (RNG.normal(size=shape) for shape in ((3, 5), (5, 5), (5, 2), (4, 3)))
-PARAMS = {"w": W, "u": U, "v": V, "w2": W + 1, "v1": V[:1], "v4": np.concatenate([V, -V])}
+PARAMS = {
+    "w": W,
+    "u": U,
+    "v": V,
+    "w2": W + 1,
+    "v1": V[:1],
+    "v7": np.concatenate([V, V[:2]]),
+    "v4": np.concatenate([V, -V]),
+}
 
 
 def hidden(params, x):
@@ -175,6 +183,15 @@ def unstacked(params, x):
     return sum(row[:, None] * params["v"][k][None] for k, row in enumerate(rows))
 
 
+def padded_with_a_parameter(params, x):
+    padding = ((0, -1, 1), (1, 1, 0))
+    return lax.pad(hidden(params, x), params["v"][0, 0], padding) @ params["v7"]
+
+
+def padded_and_cut(params, x):
+    return lax.pad(hidden(params, x), params["v"][0, 0], ((0, 0, 0), (1, -1, 0))) @ params["v"]
+
+
 # Neurons that each has; the layers of the programs are 5 wide.
 PROGRAMS = {
     applied_column: 0,
@@ -205,6 +222,9 @@ PROGRAMS = {
     repeated_channels: 5,
     stacked: 5,
     unstacked: 5,
+    # All channels and the filling have one scale.
+    padded_with_a_parameter: 1,
+    padded_and_cut: 0,
 }
 
 
