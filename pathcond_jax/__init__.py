@@ -17,14 +17,19 @@ from pathcond_jax._lifting.gram import (
     scaled_gram_diagonal,
 )
 from pathcond_jax._lifting.values import NotPathLiftableError
-from pathcond_jax._optax.path_sgd import scale_by_path
-from pathcond_jax._optax.recondition import recondition, reconditioned
+from pathcond_jax._optax.path_sgd import ScaleByPathState, scale_by_path
+from pathcond_jax._optax.recondition import ReconditionedState, recondition, reconditioned
+from pathcond_jax._optax.schedule import ReconditionState
+from pathcond_jax._program.failures import RuleFailedWarning
 from pathcond_jax._solve.solution import Solution, Status
 from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, SpecError
 from pathcond_jax._symmetry.trace import chain_spec, trace_spec
+from pathcond_jax._version import __version__
+from pathcond_jax.criteria import Criterion
 from pathcond_jax.theory.alignment import alignment, extremal_vectors
 from pathcond_jax.theory.condensation import (
     condensation_directions,
@@ -45,19 +50,26 @@ from pathcond_jax.theory.pieces import count_linear_pieces_1d
 __all__ = [
     "TWO_LAYER_MODES",
     "ArchSpec",
+    "Criterion",
     "Incidence",
     "Leaf",
+    "LogScales",
     "NeuronGroup",
     "NotPathLiftableError",
     "Operation",
     "Operations",
     "Pinned",
+    "ReconditionState",
+    "ReconditionedState",
     "Report",
     "Representative",
+    "RuleFailedWarning",
+    "ScaleByPathState",
     "ScaledDiagonal",
     "Solution",
     "SpecError",
     "Status",
+    "__version__",
     "alignment",
     "chain_spec",
     "check_spec",

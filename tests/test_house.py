@@ -12,6 +12,7 @@ GROUND = {"_spec"}
 PROGRAM = GROUND | {"_program"}
 SOLVE = GROUND | {"_solve"}
 BELOW = {
+    "_version": set(),
     "_spec": set(),
     "_program": GROUND,
     "_solve": GROUND,

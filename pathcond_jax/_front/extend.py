@@ -4,19 +4,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pathcond_jax._lifting.interpreter import RULES as LIFTING
-from pathcond_jax._lifting.interpreter import Rule as LiftingRule
+from pathcond_jax._lifting.interpreter import PathRule
 from pathcond_jax._program import primitives
 from pathcond_jax._spec.types import SpecError
 from pathcond_jax._symmetry.values import RULES as SYMMETRY
-from pathcond_jax._symmetry.values import Rule as SymmetryRule
+from pathcond_jax._symmetry.values import ScaleRule
 
 
 def register_rule(
     primitive: Any,
     *,
     reference: Callable[..., Any] | None = None,
-    symmetry: SymmetryRule | None = None,
-    lifting: LiftingRule | None = None,
+    symmetry: ScaleRule | None = None,
+    lifting: PathRule | None = None,
 ) -> None:
     """Tells both analyses what an operation of your own does; without this it pins.
 

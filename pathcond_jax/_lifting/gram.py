@@ -16,6 +16,10 @@ The diagonal of the Gram matrix G = ∂Φᵀ∂Φ is a derivative of the squared
     g_i = Σ_{paths p ∋ i} Π_{j ∈ p, j ≠ i} θ_j² = ∂/∂(θ_i²) Σ_p Φ_p²,
 
 so one forward and one backward sweep over squared weights give it.
+
+How to read this file: the public functions come first, then what turns numbers of extended range
+into plain ones. Two cases need more than one sweep: entries that a path meets twice
+(``_with_repeated``), and the full matrix, which second derivatives give (``_gram_matrix``).
 """
 
 import functools

@@ -5,6 +5,12 @@ it, of the product of the powers along them. A *coefficient* is a parameter, a c
 function of them: it multiplies signals, and starts paths of its own where it is added to one. A
 *gate* depends on the input in another way, such as x > 0; it may only switch signals on and off.
 Every sum and product is recorded, so that one reverse sweep gives all derivatives.
+
+How to read this file: ``Lifting.run`` interprets the program, one rule of ``RULES`` per operation.
+A rule makes values through ``multiplied``, ``moved``, ``joined``, ``combined`` and ``made``, each
+of which enters a record. ``total`` adds up what reaches the outputs, and ``derivatives`` pulls
+adjoints back through the records. All values are mantissas with one exponent, in which any depth
+fits.
 """
 
 import dataclasses
@@ -45,10 +51,10 @@ from pathcond_jax._spec.extended_range import Scaled
 from pathcond_jax._spec.types import SpecError
 
 # What a rule sees: the run, the operation and its inputs; it returns the operation's outputs.
-Rule = Callable[["Lifting", Node, list[Value]], Sequence[Value]]
+PathRule = Callable[["Lifting", Node, list[Value]], Sequence[Value]]
 
 # How paths pass through each primitive.
-RULES: Table[Rule] = Table("lifting")
+RULES: Table[PathRule] = Table("lifting")
 
 _MULTIPLES_IN_A_ROW = 3
 

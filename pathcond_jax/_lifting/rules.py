@@ -1,4 +1,9 @@
-"""How paths pass through a program: one rule per primitive."""
+"""How paths pass through a program: one rule per primitive.
+
+How to read this file: first the arithmetic that rules hand to the interpreter, functions of arrays
+with static options, so that equal ones compile once. Then the rules: operations that move entries,
+products and sums, activations and gates, maxima, joining and writing, contractions, loops.
+"""
 
 import dataclasses
 import functools
@@ -443,7 +448,12 @@ def _contraction(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[
 
 @rule("scan", reads=SCAN_PARAMETERS)
 def _scan(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
-    """Step by step: stacked parameters differ between steps, and paths go through all of them."""
+    """Step by step: stacked parameters differ between steps, and paths go through all of them.
+
+    The body runs once for each step, on values of the interpreter, so that a scan over layers has
+    the same records as the layers written one after the other. Stacked operands are cut into slices
+    whose derivatives one record stacks again.
+    """
     loop = read_scan(node, lifting.avals)
     steps = range(loop.length)
     consts, carry, stacked = loop.inputs(inputs)

@@ -142,7 +142,7 @@ def _debugging_effects() -> frozenset[type]:
     return frozenset(type(effect) for eqn in eqns for effect in eqn.effects)
 
 
-class Rule(NamedTuple, Generic[Function]):
+class Entry(NamedTuple, Generic[Function]):
     """What an analysis does with a primitive.
 
     Attributes:
@@ -183,7 +183,7 @@ class Table(Generic[Function]):
         self.analysis = analysis
         self.without: dict[Any, str] = {}
         self.unresolved: set[str] = set()
-        self._rules: dict[Any, Rule[Function]] = {}
+        self._entries: dict[Any, Entry[Function]] = {}
 
     def rule(
         self,
@@ -205,7 +205,7 @@ class Table(Generic[Function]):
 
         def enter(function: Function) -> Function:
             for primitive in self._resolved(names):
-                self._rules[primitive] = Rule(function, frozenset(reads), tests)
+                self._entries[primitive] = Entry(function, frozenset(reads), tests)
             return function
 
         return enter
@@ -216,17 +216,17 @@ class Table(Generic[Function]):
 
     def register(self, primitive: Any, function: Function) -> None:
         """Enters a rule that takes account of all parameters, in place of an earlier one."""
-        self._rules[primitive] = Rule(function, None, {})
+        self._entries[primitive] = Entry(function, None, {})
 
-    def get(self, primitive: Any) -> Rule[Function] | None:
+    def get(self, primitive: Any) -> Entry[Function] | None:
         """The rule of a primitive, if it has one."""
-        return self._rules.get(primitive)
+        return self._entries.get(primitive)
 
     def __contains__(self, primitive: Any) -> bool:
-        return primitive in self._rules
+        return primitive in self._entries
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._rules)
+        return iter(self._entries)
 
     def _resolved(self, names: Collection[str]) -> list[Any]:
         found = {name: find(name) for name in names}

@@ -2,6 +2,10 @@
 
 A *label* is an unknown log-scale. Label arrays hold label numbers; 0 is the log-scale 0 and
 ``WILD`` marks an entry that is zero (or infinite) and therefore fits every scale.
+
+Almost all equations say that a label is 0 or that two are equal or opposite: their classes are the
+connected components of a graph in which each label has a node and so has its inverse. What is left
+is eliminated row by row, many independent rows at a time, and the components are looked for again.
 """
 
 import bisect

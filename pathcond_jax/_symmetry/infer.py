@@ -1,4 +1,11 @@
-"""Graph -> neuron groups: solve the scales' equations, read the neurons, explain the rest."""
+"""Graph -> neuron groups: solve the scales' equations, read the neurons, explain the rest.
+
+How to read this file: ``infer`` runs the analysis until no rule asks for joint labels any more.
+What the equations leave free is then read in four steps (``_Reading.result``): combinations that
+change no entry of any leaf are dropped, then scales that a leaf would have to take to another power
+than ±1, then those that only enter or only leave; the rest are neurons, grouped by the operation
+that created their labels. Whatever slices stay without a neuron are explained, axis by axis.
+"""
 
 import math
 from collections import Counter

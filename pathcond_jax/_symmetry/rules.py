@@ -17,8 +17,8 @@ from pathcond_jax._symmetry import structural_rules
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.values import (
     RULES,
-    Rule,
     Scale,
+    ScaleRule,
     Scope,
     Terms,
     expand,
@@ -85,7 +85,7 @@ def _quotient(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     return [(*expand(one, ndim), *powered(divisor, -1.0))]
 
 
-def _power(power: float | Callable[[Any], float]) -> Rule:
+def _power(power: float | Callable[[Any], float]) -> ScaleRule:
     def powered_scale(scope: Scope, scale: Scale) -> list[Terms]:
         exponent = power(scope.params) if callable(power) else power
         if exponent <= 0 and has_wild(scale.terms):
@@ -132,7 +132,7 @@ def _arg_reduce(scope: Scope, scale: Scale) -> list[Terms]:
     return [()]
 
 
-def _along_axis(key: str) -> Rule:
+def _along_axis(key: str) -> ScaleRule:
     def uniform_along(scope: Scope, *scales: Scale) -> list[Terms]:
         axis = scope.params[key]
         return [scope.along(scale.terms, (axis,)) for scale in scales]

@@ -1,4 +1,11 @@
-"""How scales move with entries: operations that rearrange, join, take and put."""
+"""How scales move with entries: operations that rearrange, join, take and put.
+
+How to read this file: an operation that only moves entries runs on the label arrays themselves
+(``structural``); axes of size 1 stay so wherever the scale is constant along them, so that no label
+array grows to the size of its value without need. Then come operations with several operands, and
+those that take or put entries at positions: known positions move labels exactly, unknown ones
+demand one scale along the axes that they run over.
+"""
 
 import functools
 import math
@@ -14,8 +21,8 @@ from pathcond_jax._symmetry.equations import WILD, Term
 from pathcond_jax._symmetry.values import (
     MAX_JOINT,
     RULES,
-    Rule,
     Scale,
+    ScaleRule,
     Scope,
     Terms,
     expand,
@@ -28,7 +35,7 @@ from pathcond_jax._symmetry.values import (
 rule = RULES.rule
 
 
-def structural(move: Callable[[Scope, np.ndarray], np.ndarray]) -> Rule:
+def structural(move: Callable[[Scope, np.ndarray], np.ndarray]) -> ScaleRule:
     """An operation that moves entries: run on the label arrays themselves."""
 
     @functools.wraps(move)
@@ -150,7 +157,16 @@ def concatenate(scope: Scope, *scales: Scale) -> list[Terms]:
 
 
 def _joined(scope: Scope, operands: Sequence[Terms], sizes: Sequence[int], axis: int) -> Terms:
-    """Concatenates scales, each set of axes that vary together on its own."""
+    """Concatenates scales, each set of axes that vary together on its own.
+
+    The operands' log-scales are sums of terms. Terms that share an axis, beside the one along which
+    values are joined, must be added up to one label array before they can be laid side by side;
+    terms with disjoint axes need not, and joining them apart keeps h + w labels from becoming
+    h · w. So the supports of all terms are merged into classes that overlap nowhere, and each class
+    is joined on its own: to the common labels where all operands agree, side by side where they
+    vary along the axis or differ. Zeros fit whatever stands beside them. Beyond ``MAX_JOINT``
+    labels the operands are demanded to agree instead, which is sound.
+    """
     classes: list[frozenset[int]] = []
     for varied in {support(term) - {axis} for terms in operands for term in terms}:
         met = [other for other in classes if other & varied or other == varied]

@@ -1,7 +1,15 @@
 """The log-scales by which the values of a program move, and how an operation combines them.
 
 Every value has a log-scale that is a sum of terms ``c · z[labels]``; label arrays broadcast against
-the value, with size 1 on axes along which the scale is constant.
+the value, with size 1 on axes along which the scale is constant. A kernel of shape (in, out) begins
+with two terms, one label per input and one per output: its scale is a sum over sets of axes, so
+that labels stay as few as neurons.
+
+How to read this file: :class:`Analysis` walks through a program and asks the rule of each operation
+for the scales of its results. A rule sees the operation as a :class:`Scope`, whose methods demand
+what must hold (``pin``, ``equate``, ``along``, ``contract``); they add equations and never solve
+them. ``settle`` then names the scale of every signal that parameters have entered: these names are
+the neurons. The functions at the end are arithmetic on terms.
 """
 
 import dataclasses
@@ -45,10 +53,10 @@ class Reason(NamedTuple):
     node: Node | None
 
 
-Rule = Callable[..., Sequence[Terms]]
+ScaleRule = Callable[..., Sequence[Terms]]
 
 # How positive scales pass through each primitive.
-RULES: Table[Rule] = Table("symmetry")
+RULES: Table[ScaleRule] = Table("symmetry")
 
 
 class Analysis:
@@ -195,7 +203,13 @@ class Scope:
         return [(block.leaf, block.axes) for block in blocks if block.leaf is not None]
 
     def ask_to_join(self, terms: Iterable[Term]) -> None:
-        """Separate labels on axes of one leaf meet: the next pass gives it joint ones."""
+        """Separate labels on axes of one leaf meet: the next pass gives it joint ones.
+
+        A leaf begins with labels for each axis alone. Where an operation demands something of a
+        combination, such as that a flattened kernel be scaled like a signal whose entries all
+        differ, a sum over single axes may be too poor to satisfy it although the leaf has the
+        freedom. The pass goes on, soundly, and the next one gives these axes one label array.
+        """
         axes: dict[int, list[tuple[int, ...]]] = {}
         for term in terms:
             for leaf, block_axes in self.leaf_blocks(term):
@@ -222,7 +236,13 @@ class Scope:
         return Term(1.0, np.where(_is_wild_somewhere(group), WILD, labels))
 
     def settle(self, inputs: Sequence[Scale], output: int, terms: Terms) -> Scale:
-        """The scale of an output; a signal that parameters have entered gets its own neurons."""
+        """The scale of an output; a signal that parameters have entered gets its own neurons.
+
+        Wherever a parameter meets a signal, the labels of the leaf are replaced by a new name that
+        an equation ties to them. Later operations then speak of the signal's own labels: equations
+        stay short, and every free label that is left has one place where it was created, which
+        becomes the group of the neuron.
+        """
         if not jnp.issubdtype(self.graph.avals[output].dtype, jnp.inexact):
             terms = ()
         terms = tuple(cancel(list(terms)))
@@ -273,7 +293,13 @@ class Scope:
         axes: Iterable[int],
         because: int | str = "mixes entries along it",
     ) -> Terms:
-        """Demands one scale along ``axes``; the result has size 1 there."""
+        """Demands one scale along ``axes``; the result has size 1 there.
+
+        The terms that vary along these axes must add up to something that does not: to new labels
+        over the other axes. Terms that share no axis with them are left alone. Where what is left
+        could as well be written on other axes of the same leaf, it is set to 0, since two ways to
+        write one scale would count as two neurons.
+        """
         axes, kept = tuple(axes), []
         groups = connected(cancel(list(terms)))
         for group in groups:

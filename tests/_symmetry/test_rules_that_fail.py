@@ -25,7 +25,7 @@ def kernel():
     yield primitive
     REFERENCES.pop(primitive, None)
     for table in (SYMMETRY, LIFTING):
-        table._rules.pop(primitive, None)
+        table._entries.pop(primitive, None)
 
 
 def network(kernel):
