@@ -1,5 +1,7 @@
 """Numeric proof of a spec: random scales, compared outputs."""
 
+import math
+import warnings
 from typing import Any
 
 import jax
@@ -13,10 +15,18 @@ from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
 
 
+# One example may leave every ReLU of a small network at 0: then others are drawn.
+_MOST_DRAWS = 16
+
+
 def check_spec(
     spec: ArchSpec, params: PyTree, *inputs: PyTree, seed: int = 0, trials: int = 3
 ) -> float:
     """Proves a spec numerically: rescales at random and compares the network's outputs.
+
+    A spec holds for all parameters, so that those that are 0, such as new biases, the last kernel
+    of a zero-initialized layer or the scale of a residual branch, are drawn at random first: behind
+    a zero, no output tells a right spec from a wrong one.
 
     Args:
       spec: the architecture, built by ``trace_spec`` or ``chain_spec``.
@@ -26,7 +36,8 @@ def check_spec(
       trials: how many draws.
 
     Returns:
-      The largest change of any output, relative to the largest entry of that output.
+      The largest change of any output, relative to the largest entry of that output. NaN, with a
+      warning, if all outputs are zero and so say nothing; NaN too if one is NaN or infinite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,17 +50,52 @@ def check_spec(
     match_leaves(spec, params)
     if spec.apply_fn is None:
         raise SpecError("this spec has no apply function to check; build it with trace_spec")
-    keys = jax.random.split(jax.random.key(seed), trials + 1)
-    if not inputs:
-        inputs = _random_inputs(keys[0], spec)
-    before = jax.tree.leaves(spec.apply_fn(params, *inputs))
+    key_of_inputs, key_of_zeros, *keys = jax.random.split(jax.random.key(seed), trials + 2)
+    params = _without_zeros(key_of_zeros, spec, params)
+    drawn = (_random_inputs(key, spec) for key in jax.random.split(key_of_inputs, _MOST_DRAWS))
+    for inputs in [inputs] if inputs else drawn:
+        before = jax.tree.leaves(spec.apply_fn(params, *inputs))
+        if any(map(_says_something, before)):
+            break
+    else:
+        warnings.warn(
+            "check_spec: every output is zero everywhere, so that no comparison says anything; "
+            "check on other inputs",
+            stacklevel=2,
+        )
+        return math.nan
     worst = 0.0
-    for key in keys[1:]:
+    for key in keys:
         after = jax.tree.leaves(
             spec.apply_fn(rescale(params, spec, random_log_scales(key, spec)), *inputs)
         )
         worst = np.max([worst, *map(_relative_change, before, after)])
     return float(worst)
+
+
+def _without_zeros(key: jax.Array, spec: ArchSpec, params: PyTree) -> PyTree:
+    """The parameters with random numbers, as large as their leaf's others, in place of zeros."""
+    values = match_leaves(spec, params)
+    keys = jax.random.split(key, len(values))
+    return spec.treedef.unflatten(
+        _drawn_for_zeros(k, jnp.asarray(value)) if leaf.trainable else value
+        for k, leaf, value in zip(keys, spec.leaves, values, strict=True)
+    )
+
+
+@jax.jit
+def _drawn_for_zeros(key: jax.Array, value: jax.Array) -> jax.Array:
+    count = jnp.maximum((value != 0).sum(), 1).astype(value.dtype)
+    mean = jnp.abs(value).sum() / count
+    size = jnp.where(mean > 0, mean, jnp.asarray(0.1, value.dtype))
+    # Away from 0, which a few normal numbers may come close to.
+    sign = jax.random.rademacher(key, value.shape, value.dtype)
+    drawn = sign * jax.random.uniform(key, value.shape, value.dtype, 0.5, 1.5)
+    return jnp.where(value == 0, size * drawn, value)
+
+
+def _says_something(output: jax.Array) -> bool:
+    return jnp.issubdtype(jnp.result_type(output), jnp.inexact) and bool(jnp.any(output != 0))
 
 
 def random_log_scales(key: jax.Array, spec: ArchSpec, dtype: Any = None) -> LogScales:

@@ -26,4 +26,4 @@ def by_group(values: jax.Array, sizes: Sequence[int]) -> LogScales:
     Returns:
       One array per group.
     """
-    return tuple(jnp.split(values, np.cumsum(sizes, dtype=int)[:-1]))
+    return tuple(jnp.split(values, np.cumsum(sizes, dtype=int))[:-1])
