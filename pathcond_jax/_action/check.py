@@ -14,7 +14,6 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
 
-
 # One example may leave every ReLU of a small network at 0: then others are drawn.
 _MOST_DRAWS = 16
 
@@ -53,8 +52,8 @@ def check_spec(
     key_of_inputs, key_of_zeros, *keys = jax.random.split(jax.random.key(seed), trials + 2)
     params = _without_zeros(key_of_zeros, spec, params)
     drawn = (_random_inputs(key, spec) for key in jax.random.split(key_of_inputs, _MOST_DRAWS))
-    for inputs in [inputs] if inputs else drawn:
-        before = jax.tree.leaves(spec.apply_fn(params, *inputs))
+    for chosen in [inputs] if inputs else drawn:
+        before = jax.tree.leaves(spec.apply_fn(params, *chosen))
         if any(map(_says_something, before)):
             break
     else:
@@ -67,7 +66,7 @@ def check_spec(
     worst = 0.0
     for key in keys:
         after = jax.tree.leaves(
-            spec.apply_fn(rescale(params, spec, random_log_scales(key, spec)), *inputs)
+            spec.apply_fn(rescale(params, spec, random_log_scales(key, spec)), *chosen)
         )
         worst = np.max([worst, *map(_relative_change, before, after)])
     return float(worst)

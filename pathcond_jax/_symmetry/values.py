@@ -284,6 +284,10 @@ class Scope:
         if not has_wild((*one, *two)):
             # Prefer what operations have named over labels of leaves, then what names more axes.
             return min(one, two, key=lambda terms: (any(map(self.leaf_blocks, terms)), not terms))
+        if not (has_wild(one) and has_wild(two)):
+            # Where one side is zero, the other's scale holds: it holds everywhere. Labels of the
+            # size of a mask would be carried on.
+            return two if has_wild(one) else one
         left, right = self.single(Scale(one), ndim), self.single(Scale(two), ndim)
         return (Term(1.0, np.where(left == WILD, right, left)),)
 
