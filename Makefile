@@ -1,28 +1,35 @@
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_NEWEST ?= .venv-newest
 WORKERS ?= 2
 ARGS ?=
 # Whatever depends on what the versions of JAX, Flax and optax trace to, or keep in their states.
-CORE = condition front_doors golden spec symmetry transforms transport zoo
+CORE = condition export front_doors golden registry spec symmetry transforms transport zoo
 
 # The first interpreter that runs (a shim may exist and fail), is new enough and can make a venv.
 usable = -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
-first_usable = $(firstword $(foreach p,$(1),$(shell $(p) $(usable) >/dev/null 2>&1 && echo $(p))))
-PYTHON ?= $(call first_usable,python3 python3.13 python3.12 python3.11 python)
-# The oldest numpy and scipy have wheels for these two only.
-PYTHON_OLDEST ?= $(call first_usable,python3.11 python3.12)
+first_usable = $(shell for python in $(1); do \
+  "$$python" $(usable) >/dev/null 2>&1 && echo "$$python" && break; done)
+# $(1): versions. What pyenv has installed works also where no shim leads to it.
+PYENV_ROOT ?= $(HOME)/.pyenv
+pythons = $(foreach version,$(1),python$(version) "$(PYENV_ROOT)"/versions/$(version).*/bin/python$(version))
+# Those for which JAX and what it needs have wheels.
+NEWEST_FIRST = $(call pythons,3.14 3.13 3.12 3.11)
+PYTHON ?= $(call first_usable,python3 $(NEWEST_FIRST) python)
+PYTHON_OLDEST ?= $(call first_usable,$(call pythons,3.11))
+PYTHON_NEWEST ?= $(call first_usable,$(NEWEST_FIRST) python3 python)
 
 # What is never imported need not be compiled.
 pip_install = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test studies lint format typecheck wheel oldest bench clean
+.PHONY: help install demo test studies lint format typecheck wheel oldest newest bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
-install: $(VENV)/installed $(VENV_OLDEST)/installed  ## set up both environments, of the newest and of the oldest versions
+install: $(VENV)/installed $(VENV_OLDEST)/installed $(VENV_NEWEST)/installed  ## set up the environments of test, oldest and newest
 
 demo: $(VENV)/installed  ## run the demonstration
 	$(VENV)/bin/python -m pathcond_jax demo $(ARGS)
@@ -52,23 +59,37 @@ wheel: $(VENV)/installed  ## build the wheel and try it in an empty environment
 	cd build && venv/bin/python -W error -c 'import pathcond_jax; print("imported", pathcond_jax.__file__)'
 	cd build && venv/bin/pathcond --help
 
-oldest: $(VENV_OLDEST)/installed  ## run the core tests on the oldest supported versions
-	$(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py)) $(ARGS)
+# Not all tests: what a version changes shows in these, for a third of the time; the others ask what
+# the library computes from a traced program, and `make test PYTHON=... VENV=...` runs them anywhere.
+core_tests = -m pytest -n $(WORKERS) -m "not slow" $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py)) $(ARGS)
 
-# $(1): interpreter, $(2): what pip installs, $(3) and $(4): what to say when there is no interpreter.
+oldest: $(VENV_OLDEST)/installed  ## run the core tests on the oldest supported versions
+	$(VENV_OLDEST)/bin/python $(core_tests)
+
+newest: $(VENV_NEWEST)/installed  ## run the core tests on the newest Python found, and the newest versions for it
+	$(VENV_NEWEST)/bin/python $(core_tests)
+
+# What a log of CI should say it tested.
+versions = -c 'import platform as p, importlib.metadata as m; print("$(@D): Python " + p.python_version(), *(f"{n} {m.version(n)}" for n in ("jax", "flax", "optax", "numpy")), sep=", ")'
+
+# $(1): interpreter, $(2): what pip installs, $(3), $(4), $(5): what to say without an interpreter.
 # An environment that works is kept.
 define install
-	@test -n "$(1)" || { echo "No $(3) with venv and ensurepip found; name one: $(4)=/path/to/python" >&2; exit 1; }
+	@test -n "$(1)" || { echo "No $(3) with venv and ensurepip found: install Python $(4) (pyenv install $(4), or the system's python$(4) and python$(4)-venv), or name one: $(5)=/path/to/python" >&2; exit 1; }
 	$(@D)/bin/python -m pip --version >/dev/null 2>&1 || "$(1)" -m venv --clear $(@D)
 	$(@D)/bin/python $(pip_install) $(2)
+	@$(@D)/bin/python $(versions)
 	touch $@
 endef
 
 $(VENV)/installed: pyproject.toml
-	$(call install,$(PYTHON),--editable '.[dev]',Python >= 3.11,PYTHON)
+	$(call install,$(PYTHON),--editable '.[dev]',Python 3.11 or newer,3.13,PYTHON)
 
 $(VENV_OLDEST)/installed: pyproject.toml .ci/oldest.txt
-	$(call install,$(PYTHON_OLDEST),--constraint .ci/oldest.txt --editable '.[test]',Python 3.11 or 3.12,PYTHON_OLDEST)
+	$(call install,$(PYTHON_OLDEST),--constraint .ci/oldest.txt --editable '.[test]',Python 3.11,3.11,PYTHON_OLDEST)
+
+$(VENV_NEWEST)/installed: pyproject.toml
+	$(call install,$(PYTHON_NEWEST),--upgrade --upgrade-strategy eager --editable '.[test]',Python 3.11 or newer,3.13,PYTHON_NEWEST)
 
 bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" times the authors' code too
 	mkdir -p build
@@ -78,5 +99,5 @@ bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" ti
 	$(VENV)/bin/python benchmarks/gating.py
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(VENV_OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
