@@ -81,6 +81,13 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
     return inspection.main(arguments.target, arguments.picture)
 
 
+def _run_operations(arguments: argparse.Namespace) -> None:
+    del arguments
+    from pathcond_jax import operations
+
+    print(operations())
+
+
 COMMANDS = {
     "demo": Command(
         "condition two networks, check that their functions stay, train them on digits",
@@ -96,6 +103,11 @@ COMMANDS = {
         "show what may be rescaled in your own network, and what conditioning would do",
         _add_inspect_arguments,
         _run_inspect,
+    ),
+    "operations": Command(
+        "list JAX's operations, and what scales and paths do in each",
+        lambda parser: None,
+        _run_operations,
     ),
 }
 

@@ -8,6 +8,7 @@ import pytest
 from examples import EXAMPLES, MAKERS
 
 import pathcond_jax as pathcond
+from pathcond_jax.__main__ import main
 from pathcond_jax._lifting.interpreter import RULES as LIFTING
 from pathcond_jax._program import primitives
 from pathcond_jax._symmetry.values import RULES as SYMMETRY
@@ -87,6 +88,11 @@ def test_the_table_of_operations_has_every_primitive():
     assert by_name["sort"].symmetry == "rule"
     assert by_name["sort"].lifting != "rule"
     assert len(str(shown).splitlines()) >= len(shown.rows)
+
+
+def test_the_command_prints_the_table(capsys):
+    assert main(["operations"]) == 0
+    assert capsys.readouterr().out.rstrip() == str(pathcond.operations())
 
 
 def test_nothing_is_computed_at_import():
