@@ -178,13 +178,13 @@ def _dtype(objective: Objective) -> Any:
 
 
 def smooth_value(part: Smooth, table: Table, z: jax.Array) -> jax.Array:
-    """V f(z)."""
+    """One smooth function at z, v f(z)."""
     value = part.function(by_group(z, table.sizes))
     return jnp.asarray(part.weight).astype(z.dtype) * jnp.asarray(value).astype(z.dtype)
 
 
 def smooth_part(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
-    """Σ v f(z)."""
+    """All smooth functions at z, Σ v f(z)."""
     zero = jnp.zeros((), z.dtype)
     return sum((smooth_value(part, table, z) for part in problem.smooth), zero)
 
