@@ -63,6 +63,7 @@ def block_sweep(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
 def colors(spec: ArchSpec) -> Color:
     """Sets of groups without common entries; two sets where the graph of groups allows it."""
     table, count = stacks.table(spec), len(spec.groups)
+    # Groups are neighbors if an entry may meet neurons of both: then they cannot move at once.
     near: list[set[int]] = [set() for _ in range(count)]
     for piece in table.pieces:
         sides = [
@@ -76,6 +77,7 @@ def colors(spec: ArchSpec) -> Color:
                     near[group] |= other
                 for group in other:
                     near[group] |= one
+    # A group that is its own neighbor moves by the bound, which others need not pay for.
     looped = [k in near[k] for k in range(count)]
     chosen: dict[int, int] = {}
     while len(chosen) < count:
@@ -171,6 +173,7 @@ def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
     def unfinished(state: tuple) -> jax.Array:
         return (state[3] > 2 * jnp.finfo(rest.dtype).eps) & (state[4] < 60)
 
+    # From log S = 0, the sum before the move, relative to which all masses are given.
     infinity = jnp.full_like(rest, jnp.inf)
     start = (jnp.zeros_like(rest), -infinity, infinity, infinity, jnp.zeros((), jnp.int32))
     total = lax.while_loop(unfinished, body, start)[0]

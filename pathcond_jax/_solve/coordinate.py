@@ -129,11 +129,13 @@ def coordinate(
     table, sweep = stacks.table(spec), plan(spec)
     masses = _by_stack(problem.masses[0], table)
     sums = flat_objective.log_sums(problem, table, 0, z)
+    # Every entry is in one row: the sum of a piece is that of its rows.
     rows = sums.positions[np.flatnonzero(table.is_row)] + sums.total
     owners = [np.full(p.shape[0] * p.shape[1], k) for k, p in enumerate(table.pieces)]
     totals = stacks.segment_logsumexp(rows, np.concatenate(owners), len(owners))
     branches = [functools.partial(_visit, problem, masses, family) for family in sweep.families]
 
+    # One switch inside a scan: a program as long as there are families, not groups.
     def visit(carry: tuple, which: tuple) -> tuple:
         family, member = which
         return lax.switch(family, branches, member, *carry), None
@@ -353,6 +355,7 @@ def _total(minimum: Minimum, others: jax.Array) -> jax.Array:
     ``B x − C/x + tilt S``, is positive already at the lowest x or still negative at the highest.
     """
     tilt, product, (out_low, into_low, out_high, into_high) = minimum
+    # |tilt| < 1, since no neuron has all p entries: S is the larger root, and positive.
     free = 1 - tilt * tilt
     total = (others + jnp.sqrt((tilt * others) ** 2 + 4 * product * free)) / free
     rises_low = (1 + tilt) * out_low - (1 - tilt) * into_low + tilt * others > 0
@@ -381,6 +384,7 @@ def _one_by_one(
             both += list(_slice_logs(met, s, signed, met.encounter.slices[:, k]).T - total)
         out, into = stacks.logsumexp(jnp.stack(both), axis=0)
         neuron = neuron._replace(out=out, into=into)
+        # A difference, unlike in `_in_turn`: the others' parts change with every move.
         others = jnp.maximum(current - jnp.exp(out) - jnp.exp(into), 0)
         after = _total(_minimum(neuron), others)
         z = z.at[place].set(problem.box.clip(z[place] + log_x(neuron, jnp.log(after)) / s))

@@ -161,14 +161,13 @@ def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any)
 def tilted(problem: Problem, table: Table, linear: jax.Array) -> Problem:
     """The same problem with another linear part, which decides anew who may move."""
     finite = problem.box.finite & jnp.isfinite(linear).all()
-    linear = jnp.where(finite, linear, 0)
     # What a function of one's own, or a concave one, demands of a neuron without masses is not
     # known.
     alive = jnp.ones(linear.shape, bool)
     if not problem.smooth and problem.concave is None:
         alive = _alive(table, problem.weights * problem.exponents, linear, problem.masses)
     box = problem.box._replace(alive=finite & alive, finite=finite)
-    return problem._replace(linear=linear, box=box)
+    return problem._replace(linear=jnp.where(finite, linear, 0), box=box)
 
 
 def _dtype(objective: Objective) -> Any:
@@ -179,13 +178,13 @@ def _dtype(objective: Objective) -> Any:
 
 
 def smooth_value(part: Smooth, table: Table, z: jax.Array) -> jax.Array:
-    """V f(z)."""
+    """One smooth function at z, v f(z)."""
     value = part.function(by_group(z, table.sizes))
     return jnp.asarray(part.weight).astype(z.dtype) * jnp.asarray(value).astype(z.dtype)
 
 
 def smooth_part(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
-    """Σ v f(z)."""
+    """All smooth functions at z, Σ v f(z)."""
     zero = jnp.zeros((), z.dtype)
     return sum((smooth_value(part, table, z) for part in problem.smooth), zero)
 

@@ -126,6 +126,7 @@ def _leaf_block(
 def _roles(axes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Splits the axes that carry neurons into shared (batch), row and column axes."""
     sets = sorted({tuple(sorted(a)) for a in axes}, key=lambda s: (len(s), s))
+    # A block has two sides; leaves with neurons along more axes than two get sides of several.
     while len(sets) > 2:
         first, second, *rest = sets
         sets = sorted({tuple(sorted({*first, *second})), *rest}, key=lambda s: (len(s), s))

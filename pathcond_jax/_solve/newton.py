@@ -30,7 +30,7 @@ REACH = 20.0
 
 
 class Softmax(NamedTuple):
-    """One term at a here, its masses divided by their sum: probabilities of the entries.
+    """One term at some log-scales, its masses divided by their sum: probabilities of the entries.
 
     Attributes:
       total: log S, the logarithm of their sum.
@@ -159,8 +159,11 @@ def _step(
 
     forward = jnp.where(free & ~state.done, gradient, 0)
     size = jnp.sqrt(jnp.sum(forward**2 / diagonal) / total)
+    # Looser far from the minimum, tighter near it: convergence faster than linear (Dembo,
+    # Eisenstat, Steihaug 1982) without solving exactly where the model is poor anyway.
     accuracy = jnp.minimum(0.1, jnp.sqrt(size))
     direction, image, inner = _conjugate_gradients(curvature, -forward, diagonal, free, accuracy)
+    # What the certificate needs is the Hessian of the logarithms alone.
     image = image - smooth_product(direction) - damping * direction
     bound = _certificate(problem, table, here, direction, image)
     decrement = -jnp.sum(forward * direction)
@@ -282,8 +285,10 @@ def _line_search(
       The new log-scales, the change of F, and how many steps were tried.
     """
     z = here.z
+    # Changes of logarithms keep their digits, see `_curved_change`; those of functions do not.
     rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(flat_objective.smooth_part(problem, table, z))
 
+    # Clipped: where F is almost linear, a full step may leave the range of the dtype.
     def tried(length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         moved = problem.box.clip(z + jnp.clip(length * direction, -REACH, REACH))
         change = _change(problem, table, here, moved - z)
@@ -342,7 +347,7 @@ def _curved_change(
 
 
 def _expm1_rest(x: jax.Array) -> jax.Array:
-    """e^x − 1 − x."""
+    """The rest e^x − 1 − x."""
     series = jnp.zeros_like(x)
     for k in range(14, 1, -1):
         series = (1 + series) * x / k
@@ -350,7 +355,7 @@ def _expm1_rest(x: jax.Array) -> jax.Array:
 
 
 def _log1p_rest(x: jax.Array) -> jax.Array:
-    """X − log(1 + x)."""
+    """The rest x − log(1 + x)."""
     series = jnp.zeros_like(x)
     for k in range(14, 1, -1):
         series = 1 / k - series * x

@@ -163,6 +163,7 @@ def _reduce_block(
     offsets = [scales[source.leaf] for source in block.sources]
     if all(offset is None for offset in offsets):
         return functools.reduce(reduction.pair, parts), jnp.zeros((), dtype)
+    # Over the largest exponent: smaller parts may vanish, none overflows.
     logs = jnp.stack([jnp.asarray(0 if o is None else o).astype(dtype) for o in offsets])
     top = jnp.where(jnp.isfinite(logs.max()), logs.max(), 0)
     factors = jnp.exp(logs - top)

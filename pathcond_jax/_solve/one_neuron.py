@@ -43,6 +43,7 @@ def balance(out: jax.Array, into: jax.Array, tilt: jax.Array, total: jax.Array) 
     overflows, whatever the depth of the network.
     """
     size = jnp.log(jnp.abs(tilt)) + total - 0.5 * (out + into) - float(np.log(2))
+    # asinh of e^size, in log form where e^size overflows.
     large = size + jnp.log1p(jnp.sqrt(1 + jnp.exp(-2 * jnp.maximum(size, 0))))
     root = jnp.where(size > 0, large, jnp.arcsinh(jnp.exp(jnp.minimum(size, 0))))
     return 0.5 * (into - out) - jnp.sign(tilt) * root
@@ -67,6 +68,7 @@ def neurons_at(
         for array in (problem.linear, problem.box.alive, z)
     )
     tilt = -linear / (problem.weights[0] * problem.exponents[0])
-    ends = (problem.exponents[0] * (bound - z) for bound in (-problem.box.limit, problem.box.limit))
-    low, high = ends
+    limit = problem.box.limit
+    low, high = (problem.exponents[0] * (bound - z) for bound in (-limit, limit))
+    # A negative exponent turns the box around.
     return Neurons(out, into, tilt, alive, jnp.minimum(low, high), jnp.maximum(low, high))

@@ -148,6 +148,8 @@ def solve(
         gram = gram._replace(limit=None)
     chosen = METHODS[name]
     limit = min((bound for bound in limits if bound is not None), default=None)
+    # Numbers are arguments of the compiled function, so that changing them compiles nothing. The
+    # dtype, and with it the default tolerance, is known only inside.
     steps, tol = _nonnegative("max_steps", max_steps), _nonnegative("tol", tol)
     return _solve(
         gram,

@@ -193,6 +193,7 @@ def over_neurons(
     Returns:
       Two arrays (H,).
     """
+    # Rows of `places` are padded with the number of positions: that entry is the empty one.
     extended = jnp.append(values, jnp.full((1,), empty, values.dtype))
     parts = [reduce(extended[places]) for places in table.places]
     both = parts[0] if len(parts) == 1 else jnp.concatenate(parts)[table.order]
@@ -270,6 +271,7 @@ def log_sums(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
 
 def log_total(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
     """Log of the sum over all entries of ``values · exp(exponents of both positions)``."""
+    # Every entry is in one row, so the columns need not be asked.
     sides = zip(masses.values, split_sides(table, exponents), strict=True)
     rows = [x + log_matvec(v, y, 0) for v, (x, y) in sides]
     return logsumexp(jnp.concatenate([row.reshape(-1) for row in rows]))
@@ -311,6 +313,8 @@ def _equilibrated(
     values: jax.Array, logs: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     values, logs = jnp.where(valid, values, 0), jnp.where(valid, logs, 0)
+    # Rows, then columns of what is left: every entry is at most 1, and every column that has mass
+    # has a 1, so sums over neither can leave the range of the dtype.
     rows = values.max(2, keepdims=True)
     values = values / jnp.where(rows > 0, rows, 1)
     cols = values.max(1, keepdims=True)
@@ -360,6 +364,7 @@ def _slots(links: tuple, shape: tuple[int, int], starts: tuple[int, ...]) -> np.
         for other in slots[i + 1 :]:
             cancel = (one < 2 * size) & ((one + size) % (2 * size) == other)
             one[cancel] = other[cancel] = 2 * size
+    # Sorted, empty slots come last: rows of nothing but those drop.
     slots = np.sort(slots, axis=0)
     return slots[: max(1, int((slots < 2 * size).sum(0).max()))]
 
@@ -400,6 +405,7 @@ def _merged(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, .
     stacks: dict[tuple[int, ...], list[Piece]] = {}
     for piece in pieces:
         stacks.setdefault(piece.shape[1:], []).append(piece)
+    # Greedily, the cheapest pair first; there are as many shapes as kinds of layers, so few.
     budget = PADDING
     while len(stacks) > 1:
         growths = {pair: _growth(stacks, *pair) for pair in itertools.combinations(stacks, 2)}

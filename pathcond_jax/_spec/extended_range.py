@@ -32,7 +32,7 @@ def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
 
 
 def times_power_of_two(value: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Value · 2^exponent, also where the power alone would leave the range of the dtype."""
+    """The product ``value · 2^exponent``, also where the power leaves the range of the dtype."""
     # In two steps, of which neither is 0 or inf: a value of 0 stays 0.
     info = jnp.finfo(value.dtype)
     half = lax.shift_right_arithmetic(exponent, np.int32(1))

@@ -21,7 +21,7 @@ from pathcond_jax._spec.types import PyTree, SpecError
 
 
 class Criterion(abc.ABC):
-    """What ``condition`` balances.
+    """What ``condition`` balances: it gives a goal, and the solvers do the rest.
 
     Attributes:
       name: for people.

@@ -24,6 +24,10 @@ one that enters it:
 ``convex(f)``             f(z), any smooth convex function written in JAX.
 ========================  =========================================================================
 
+To be read function by function: each makes one criterion and stands alone. ``CRITERIA`` and
+``as_criterion`` then give them names; what reads statistics, moments and powers comes last. A
+criterion of one's own is one more function here, or a subclass of ``Criterion`` anywhere.
+
 References:
   Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
   Stock, Graham, Gribonval, Jégou, *Equi-normalization of neural networks*, ICLR 2019.
