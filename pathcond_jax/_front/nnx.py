@@ -2,14 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from pathcond_jax._action.condition import condition
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import leaf_path
 from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax._symmetry.trace import trace_spec
 
 if TYPE_CHECKING:
     from flax import nnx
+    from flax.nnx import filterlib
 
 
 def nnx_variables(model: "nnx.Module") -> dict[str, PyTree]:
@@ -28,14 +32,18 @@ def nnx_variables(model: "nnx.Module") -> dict[str, PyTree]:
     return dict(zip(("params", "state"), states, strict=True))
 
 
-def nnx_spec(model: "nnx.Module", *inputs: PyTree, **options: Any) -> ArchSpec:
+def nnx_spec(
+    model: "nnx.Module", *inputs: PyTree, wrt: "filterlib.Filter" = None, **options: Any
+) -> ArchSpec:
     """The spec of a Flax nnx module.
 
     Args:
       model: the module, with arrays or shapes (``nnx.eval_shape``). It is analysed in evaluation
         mode; in training mode its neurons are the same.
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``.
-      **options: of ``trace_spec``.
+      wrt: a filter of the variables that are trained, as given to ``nnx.Optimizer``, for instance
+        ``nnx.LoRAParam``; None: all ``nnx.Param``. What it leaves out is pinned.
+      **options: of ``trace_spec``; keyword arguments that are not go to the module's ``__call__``.
 
     Returns:
       The spec of ``nnx_variables(model)``; the leaf of a layer's kernel is
@@ -59,12 +67,18 @@ def nnx_spec(model: "nnx.Module", *inputs: PyTree, **options: Any) -> ArchSpec:
     """
     from flax import nnx
 
+    if wrt is not None:
+        if "trainable" in options:
+            raise SpecError("wrt and trainable both say what is trained; give one of them")
+        flat = jax.tree_util.tree_flatten_with_path(nnx.state(model, wrt))[0]
+        trained = {leaf_path(key) for key, _ in flat}
+        options["trainable"] = lambda path: path.partition("/")[2] in trained
     still = nnx.clone(model)
     still.eval()
     graphdef = nnx.split(still, nnx.Param, ...)[0]
 
-    def apply_fn(variables: PyTree, *inputs: PyTree) -> Any:
-        return nnx.merge(graphdef, variables["params"], variables["state"])(*inputs)
+    def apply_fn(variables: PyTree, *inputs: PyTree, **keywords: Any) -> Any:
+        return nnx.merge(graphdef, variables["params"], variables["state"])(*inputs, **keywords)
 
     return trace_spec(apply_fn, nnx_variables(model), *inputs, **options)
 

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +12,9 @@ import optax
 from jax import lax
 
 from pathcond_jax._lifting.gram import scaled_gram_diagonal
-from pathcond_jax._optax.schedule import (
-    check_is_spec,
-    integer,
-    match,
-    missing_params,
-    widest_dtype,
-)
-from pathcond_jax._optax.transport import (
-    parameter_shapes,
-    probing,
-)
+from pathcond_jax._optax.matching import Completion, held, whole
+from pathcond_jax._optax.schedule import check_is_spec, integer, missing_params, widest_dtype
+from pathcond_jax._optax.transport import parameter_shapes
 from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -55,11 +48,13 @@ def scale_by_path(
     Args:
       spec: the architecture, traced from the parameters that the optimizer updates.
       every: k; g is computed at the first update and at every k-th after it.
-      damping: relative to the mean of g over all trainable entries.
+      damping: relative to the mean of g over the trainable entries that the optimizer holds.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`ScaleByPathState`, to be
-      followed by a learning rate. Its update requires ``params``.
+      followed by a learning rate. Its update requires ``params``; running statistics that g
+      depends on are handed over as in :func:`pathcond_jax.recondition`. Where g is known already,
+      ``update(..., gram_diagonal=g)``, a pytree like the updates, spares its computation.
 
     Raises:
       SpecError: an argument cannot be used, or, at update, the parameters are missing or have
@@ -86,7 +81,9 @@ def scale_by_path(
     every = integer("every", every, 1)
     if not damping >= 0:
         raise SpecError(f"damping is {damping}; it cannot be negative")
-    jax.eval_shape(functools.partial(scaled_gram_diagonal, spec=spec), parameter_shapes(spec))
+    lift = functools.partial(scaled_gram_diagonal, spec=spec)
+    jax.eval_shape(lift, parameter_shapes(spec))
+    complete = Completion("scale_by_path", spec, lambda params: jax.tree.leaves(lift(params)))
     dtype = widest_dtype(spec)
 
     def init(params: PyTree) -> ScaleByPathState:
@@ -94,52 +91,54 @@ def scale_by_path(
         if every == 1:
             return ScaleByPathState(count, None, None)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-        return ScaleByPathState(count, zeros, jnp.zeros((len(spec.leaves),), jnp.int32))
+        return ScaleByPathState(count, zeros, jnp.zeros((len(jax.tree.leaves(params)),), jnp.int32))
 
-    def diagonal(params: PyTree) -> tuple[list[jax.Array], jax.Array]:
-        if probing():
-            # What a network would have in which every path has the norm 1.
-            found = [1 / jnp.square(jnp.asarray(p, dtype)) for p in jax.tree.leaves(params)]
-            return found, jnp.zeros((len(found),), jnp.int32)
+    def lifted(params: PyTree, extra: Mapping[str, Any]) -> _Scaled:
+        """The diagonal at each leaf that the optimizer holds."""
+        positions = held(spec, params, "params")
+        others = complete(positions, params, extra)
 
-        def lifted(params: PyTree) -> tuple[PyTree, jax.Array]:
-            found = scaled_gram_diagonal(params, spec)
-            mantissa = jax.tree.map(lambda m: m.astype(dtype), found.mantissa)
-            return mantissa, jnp.stack(jax.tree.leaves(found.exponent))
+        def at_leaves(leaves: list[Any]) -> tuple[list[jax.Array], jax.Array]:
+            values = {**others, **dict(zip(positions, leaves, strict=True))}
+            found = lift(whole(spec, values))
+            mantissas, exponents = map(jax.tree.leaves, (found.mantissa, found.exponent))
+            return (
+                [mantissas[k].astype(dtype) for k in positions],
+                jnp.stack([exponents[k] for k in positions]),
+            )
 
-        mantissa, exponents = automatic(lifted, params)
-        return jax.tree.leaves(mantissa), exponents
-
-    def refresh(params: PyTree, old: list[jax.Array], old_exponents: jax.Array) -> Any:
-        new, exponents = diagonal(params)
-        finite = functools.reduce(operator.and_, [jnp.isfinite(m).all() for m in new])
-        return (
-            [jnp.where(finite, n, o) for n, o in zip(new, old, strict=True)],
-            jnp.where(finite, exponents, old_exponents),
-        )
+        return automatic(at_leaves, jax.tree.leaves(params))
 
     def update(
-        updates: PyTree, state: ScaleByPathState, params: PyTree = None, **extra: Any
+        updates: PyTree,
+        state: ScaleByPathState,
+        params: PyTree = None,
+        *,
+        gram_diagonal: PyTree = None,
+        **extra: Any,
     ) -> tuple[PyTree, ScaleByPathState]:
-        del extra
         if params is None:
             raise missing_params("scale_by_path")
-        if not probing():
-            match(spec, params, "params")
-            match(spec, updates, "updates")
-        if every == 1:
-            mantissas, exponents = diagonal(params)
+        if gram_diagonal is None:
+            if held(spec, params, "params") != held(spec, updates, "updates"):
+                raise SpecError("scale_by_path: updates and params have different leaves")
+            diagonal = functools.partial(lifted, params, extra)
+            num_entries = _num_trained(spec, params)
         else:
+            num_entries = sum(map(np.size, jax.tree.leaves(gram_diagonal)))
+            diagonal = functools.partial(_unscaled, gram_diagonal, dtype)
+        if every == 1:
+            mantissas, exponents = diagonal()
+        else:
+            old = (jax.tree.leaves(state.diagonal), state.exponent)
             mantissas, exponents = lax.cond(
                 state.num_updates % every == 0,
-                refresh,
-                lambda _, *old: old,
-                params,
-                jax.tree.leaves(state.diagonal),
-                state.exponent,
+                lambda old: _if_finite(diagonal(), old),
+                lambda old: old,
+                old,
             )
         flat, treedef = jax.tree.flatten(updates)
-        divided = _divided(flat, mantissas, exponents, damping, spec.num_parameters)
+        divided = _divided(flat, mantissas, exponents, damping, num_entries)
         count = optax.safe_increment(state.num_updates)
         if every > 1:
             kept = jax.tree.unflatten(jax.tree.structure(state.diagonal), mantissas)
@@ -149,17 +148,37 @@ def scale_by_path(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _num_trained(spec: ArchSpec, params: PyTree) -> int:
+    leaves = [spec.leaves[k] for k in held(spec, params, "params")]
+    return sum(leaf.size for leaf in leaves if leaf.trainable)
+
+
+# An array per leaf and the exponent of the power of two that each is to be multiplied by.
+_Scaled = tuple[list[jax.Array], jax.Array]
+
+
+def _unscaled(diagonal: PyTree, dtype: Any) -> _Scaled:
+    mantissas = [jnp.asarray(leaf, dtype) for leaf in jax.tree.leaves(diagonal)]
+    return mantissas, jnp.zeros((len(mantissas),), jnp.int32)
+
+
+def _if_finite(new: _Scaled, old: _Scaled) -> _Scaled:
+    """``new`` where all of it is finite, else ``old``."""
+    finite = functools.reduce(operator.and_, [jnp.isfinite(m).all() for m in new[0]])
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
 def _divided(
     updates: list[Any],
     mantissas: list[jax.Array],
     exponents: jax.Array,
     damping: float,
-    num_parameters: int,
+    num_entries: int,
 ) -> list[Any]:
     logs = exponents.astype(mantissas[0].dtype) * float(np.log(2))
     sums = jnp.stack([mantissa.sum() for mantissa in mantissas])
     finite = jnp.isfinite(sums).all()
-    log_mean = jax.nn.logsumexp(logs, b=sums) - float(np.log(num_parameters))
+    log_mean = jax.nn.logsumexp(logs, b=sums) - float(np.log(num_entries))
     divided = []
     for update, mantissa, exponent, log in zip(updates, mantissas, exponents, logs, strict=True):
         u = jnp.asarray(update)

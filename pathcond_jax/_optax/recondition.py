@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from pathcond_jax._optax.schedule import ReconditionState, Rule
-from pathcond_jax._optax.transport import Buffers, find_buffers, transport
+from pathcond_jax._optax.schedule import Outcome, ReconditionState, Rule
+from pathcond_jax._optax.transport import followed, transport
 from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -94,13 +94,11 @@ def recondition(
     def update(
         updates: PyTree, state: ReconditionState, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, ReconditionState]:
-        del extra
-        rule.check(updates, params)
+        others, num_altered = rule.begin(params, state, extra)
+        rule.check_updates(updates, params)
         count = optax.safe_increment(state.num_updates)
-        updates, log_scales, status = lax.cond(
-            rule.due(count), rule.move, rule.stay, updates, params, state.status
-        )
-        return updates, ReconditionState(count, log_scales, status)
+        outcome = lax.cond(rule.due(count), rule.move, rule.stay, updates, params, others, state)
+        return outcome.updates, outcome.state(count, num_altered)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -174,41 +172,49 @@ def reconditioned(
     if state != "transport" and (degrees or probe_args):
         raise SpecError(f'degrees and probe_args are for state="transport", not {state!r}')
     inner = optax.with_extra_args_support(inner)
-    buffers: Buffers = {}
-    if state == "transport":
-        buffers = find_buffers(inner, spec, degrees, {"value": 1.0, **(probe_args or {})})
+    buffers_of = followed(inner, spec, degrees, probe_args) if state == "transport" else None
 
     def init(params: PyTree) -> ReconditionedState:
         rule.check_init(params)
+        if buffers_of is not None and jax.tree.leaves(params):
+            buffers_of(params)
         return ReconditionedState(inner.init(params), rule.init())
 
-    def move(updates: PyTree, inner_state: PyTree, params: PyTree, status: jax.Array) -> Any:
-        moved, log_scales, status = rule.move(updates, params, status)
-        if state == "transport":
-            inner_state = transport(inner_state, spec, log_scales, buffers)
-        elif state == "reset":
-            fresh = inner.init(rule.added(params, moved))
-            keep = status == Status.NON_FINITE
-            inner_state = jax.tree.map(
-                lambda old, new: jnp.where(keep, old, new.astype(jnp.result_type(old))),
-                inner_state,
-                fresh,
-            )
-        return (moved, log_scales, status), inner_state
+    def carried(inner_state: PyTree, params: PyTree, outcome: Outcome) -> PyTree:
+        """The state of the wrapped optimizer at the new parameters."""
+        if buffers_of is not None:
+            return transport(inner_state, spec, outcome.log_scales, buffers_of(params))
+        if state == "keep":
+            return inner_state
+        fresh = inner.init(rule.added(params, outcome.updates))
+        keep = outcome.status == Status.NON_FINITE
+        return jax.tree.map(
+            lambda old, new: jnp.where(keep, old, new.astype(jnp.result_type(old))),
+            inner_state,
+            fresh,
+        )
 
-    def stay(updates: PyTree, inner_state: PyTree, params: PyTree, status: jax.Array) -> Any:
-        return rule.stay(updates, params, status), inner_state
+    def move(
+        inner_state: PyTree, updates: PyTree, params: PyTree, *rest: Any
+    ) -> tuple[Outcome, PyTree]:
+        outcome = rule.move(updates, params, *rest)
+        return outcome, carried(inner_state, params, outcome)
+
+    def stay(
+        inner_state: PyTree, updates: PyTree, params: PyTree, *rest: Any
+    ) -> tuple[Outcome, PyTree]:
+        return rule.stay(updates, params, *rest), inner_state
 
     def update(
         updates: PyTree, state: ReconditionedState, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, ReconditionedState]:
-        rule.check(None, params)
+        others, num_altered = rule.begin(params, state.recondition, extra)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
-        rule.check(updates, params)
+        rule.check_updates(updates, params)
         count = optax.safe_increment(state.recondition.num_updates)
-        (updates, log_scales, status), inner_state = lax.cond(
-            rule.due(count), move, stay, updates, inner_state, params, state.recondition.status
+        outcome, inner_state = lax.cond(
+            rule.due(count), move, stay, inner_state, updates, params, others, state.recondition
         )
-        return updates, ReconditionedState(inner_state, ReconditionState(count, log_scales, status))
+        return outcome.updates, ReconditionedState(inner_state, outcome.state(count, num_altered))
 
     return optax.GradientTransformationExtraArgs(init, update)

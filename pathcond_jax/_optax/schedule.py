@@ -1,7 +1,10 @@
 """When an update of an optimizer is due for conditioning, and what it then becomes."""
 
 import functools
+import math
 import operator
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +15,16 @@ from jax import lax
 
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import LogScales, rescale, round_to_powers_of_two
+from pathcond_jax._optax.matching import Completion, Values, check_all_held, held, whole
 from pathcond_jax._optax.transport import parameter_shapes
 from pathcond_jax._solve.solution import Status
-from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.arrays import compute_dtype, is_traced
+from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
-from pathcond_jax._spec.trees import match_leaves
-from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax._spec.types import Leaf, PyTree, SpecError, listed
 
-Rescaled = tuple[PyTree, LogScales, jax.Array]
+# How far parameters may be from the announced ones by rounding, relative to their size.
+_ROUNDING = 2.0**-12
 
 
 class ReconditionState(NamedTuple):
@@ -31,11 +36,32 @@ class ReconditionState(NamedTuple):
         group; zeros if it was not due. ``rescale(average, spec, state.log_scales)`` takes along
         what is kept outside of the optimizer.
       status: the :class:`Status` of the latest solve, int32.
+      announced: a few entries of each rescaled parameter as the latest due update leaves them.
+      num_altered: after how many due updates the parameters were others than announced, int32.
+        Above 0, something changes the updates on their way and with them the network's function,
+        such as an element that follows in the chain.
     """
 
     num_updates: jax.Array
     log_scales: LogScales
     status: jax.Array
+    announced: jax.Array
+    num_altered: jax.Array
+
+
+class Outcome(NamedTuple):
+    """What becomes of an update, and what the state remembers of it."""
+
+    updates: PyTree
+    log_scales: LogScales
+    status: jax.Array
+    announced: jax.Array
+
+    def state(self, num_updates: jax.Array, num_altered: jax.Array) -> ReconditionState:
+        """The state after the update."""
+        return ReconditionState(
+            num_updates, self.log_scales, self.status, self.announced, num_altered
+        )
 
 
 class Rule:
@@ -58,15 +84,17 @@ class Rule:
         self._name, self._spec, self._rounding = name, spec, rounding
         self._every = integer("every", every, 1)
         self._start = integer("start", start, 0)
-        self._solve = lambda params: condition(params, spec, **options)
+        self._solve = lambda params: condition(params, spec, **options)[1]
         self._dtype = widest_dtype(spec)
+        self._complete = Completion(name, spec, lambda params: self._solve(params).log_scales)
         # Options and networks that cannot be used raise here instead of at the first update.
         jax.eval_shape(self._solve, parameter_shapes(spec))
 
     def init(self) -> ReconditionState:
         """The state before the first update."""
-        log_scales = tuple(jnp.zeros((group.size,), self._dtype) for group in self._spec.groups)
-        return ReconditionState(jnp.zeros((), jnp.int32), log_scales, jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        announced = jnp.zeros((sum(map(_num_remembered, self._rescaled.values())),), self._dtype)
+        return ReconditionState(zero, self._no_scales(), zero, announced, zero)
 
     def check_init(self, params: PyTree) -> None:
         """Raises SpecError if the optimizer cannot be used for ``params``."""
@@ -74,87 +102,178 @@ class Rule:
         if jax.tree.leaves(params):
             self._check_params(params)
 
-    def check(self, updates: PyTree, params: PyTree) -> None:
-        """Raises SpecError if an update cannot be done; ``updates`` may be None."""
+    def begin(
+        self, params: PyTree, state: ReconditionState, extra: Mapping[str, Any]
+    ) -> tuple[Values, jax.Array]:
+        """What an update starts from.
+
+        Returns:
+          The values that the criterion reads and the optimizer does not hold, and the new
+          ``num_altered``.
+
+        Raises:
+          SpecError: the parameters, the state or the extra arguments do not fit the spec.
+        """
         if params is None:
             raise missing_params(self._name)
         self._check_params(params)
-        if updates is not None:
-            for tree in _copies(updates):
-                match(self._spec, tree, "updates")
+        self._check_state(state)
+        first = _copies(params)[0]
+        others = self._complete(held(self._spec, first, "params"), first, extra)
+        altered = self._altered(self._laid(params, "params")[0], state)
+        if not is_traced(altered) and altered:
+            warnings.warn(
+                f"the parameters are not those that the last due update of {self._name} leads to, "
+                "so the network's function has changed: " + _ALTERED_BY[self._name],
+                stacklevel=3,
+            )
+        return others, state.num_altered + altered.astype(jnp.int32)
 
     def due(self, count: jax.Array) -> jax.Array:
         """Whether the update of this number is due, counted from 1."""
-        return (count % self._every == 0) | ((count == self._start) & (self._start > 0))
+        named = (count % self._every == 0) | (count == self._start)
+        return named & (count > 0)
 
-    def stay(self, updates: PyTree, params: PyTree, status: jax.Array) -> Rescaled:
+    def stay(
+        self, updates: PyTree, params: PyTree, others: Values, state: ReconditionState
+    ) -> Outcome:
         """An update that is not due."""
-        dtypes = self._emitted_dtypes(updates, params)
-        updates = jax.tree.map(lambda u, dtype: jnp.asarray(u, dtype), updates, dtypes)
-        return updates, self.init().log_scales, status
+        del others
+        kept = [
+            jnp.asarray(u, self._emitted_dtype(k, u, p)) for k, u, p in self._pairs(updates, params)
+        ]
+        updates = jax.tree.unflatten(jax.tree.structure(updates), kept)
+        return Outcome(updates, self._no_scales(), state.status, state.announced)
 
-    def move(self, updates: PyTree, params: PyTree, status: jax.Array) -> Rescaled:
+    def move(
+        self, updates: PyTree, params: PyTree, others: Values, state: ReconditionState
+    ) -> Outcome:
         """A due update: to the conditioned representative of where it was going."""
-        del status
-        dtypes = self._emitted_dtypes(updates, params)
-        new = self.added(params, updates)
-        _, solution = self._solve(_copies(new)[0])
+        del state
+        going_to = self._laid(self.added(params, updates), "params")
+        solution = self._solve(whole(self._spec, {**others, **going_to[0]}))
         log_scales, shortened = self._representable(solution.log_scales)
         if self._rounding is not None:
             log_scales = round_to_powers_of_two(log_scales)
         # Added anew: kept beside what the solver needs, the sum would be one more copy in memory.
-        new = self.added(*lax.optimization_barrier((params, updates)))
-        rescaled = [rescale(tree, self._spec, log_scales) for tree in _copies(new)]
+        anew = self.added(*lax.optimization_barrier((params, updates)))
         finite = solution.status != Status.NON_FINITE
-
-        def emitted(p: Any, u: Any, q: Any, n: Any, dtype: Any) -> jax.Array:
-            kept = jnp.asarray(u, dtype)
-            if q is n:
-                return kept
-            return jnp.where(finite, q.astype(dtype) - jnp.asarray(p, dtype), kept)
-
-        moved = jax.tree.map(emitted, params, updates, _like(params, rescaled), new, dtypes)
+        moved = []
+        for copy, (u_copy, p_copy) in zip(
+            self._laid(anew, "params"),
+            zip(self._laid(updates, "updates"), self._laid(params, "params"), strict=True),
+            strict=True,
+        ):
+            rescaled = rescale(whole(self._spec, {**others, **copy}), self._spec, log_scales)
+            ends = jax.tree.leaves(rescaled)
+            for k, u in u_copy.items():
+                dtype = self._emitted_dtype(k, u, p_copy[k])
+                kept = jnp.asarray(u, dtype)
+                if k in self._rescaled:
+                    step = ends[k].astype(dtype) - jnp.asarray(p_copy[k], dtype)
+                    kept = jnp.where(finite, step, kept)
+                moved.append(kept)
+        emitted = jax.tree.unflatten(jax.tree.structure(updates), moved)
         clipped = jnp.asarray(Status.CLIPPED, jnp.int32)
         status = jnp.where(
             shortened & (solution.status == Status.CONVERGED), clipped, solution.status
         )
-        return moved, tuple(z.astype(self._dtype) for z in log_scales), status
+        log_scales = tuple(z.astype(self._dtype) for z in log_scales)
+        return Outcome(emitted, log_scales, status, self._announced(params, emitted))
 
     def added(self, params: PyTree, updates: PyTree) -> PyTree:
         """What optax.apply_updates does, also under strict promotion."""
+        sums = [
+            _sum(p, u, self._emitted_dtype(k, u, p)) for k, u, p in self._pairs(updates, params)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), sums)
 
-        def add(p: Any, u: Any, dtype: Any) -> jax.Array:
-            p = jnp.asarray(p)
-            return (p.astype(dtype) + jnp.asarray(u, dtype)).astype(p.dtype)
+    def check_updates(self, updates: PyTree, params: PyTree) -> None:
+        """Raises SpecError if the updates are not those of the parameters."""
+        self._pairs(updates, params)
 
-        return jax.tree.map(add, params, updates, self._emitted_dtypes(updates, params))
+    @functools.cached_property
+    def _rescaled(self) -> dict[int, Leaf]:
+        """The leaves that a neuron meets, by position."""
+        met = self._spec.rescaled_paths
+        return {k: leaf for k, leaf in enumerate(self._spec.leaves) if leaf.path in met}
+
+    def _no_scales(self) -> LogScales:
+        return tuple(jnp.zeros((group.size,), self._dtype) for group in self._spec.groups)
+
+    def _laid(self, tree: PyTree, what: str) -> list[dict[int, Any]]:
+        """The leaves of each copy of the parameters by position, in flattening order."""
+        return [
+            dict(zip(held(self._spec, copy, what), jax.tree.leaves(copy), strict=True))
+            for copy in _copies(tree)
+        ]
+
+    def _pairs(self, updates: PyTree, params: PyTree) -> list[tuple[int, Any, Any]]:
+        """Each leaf's position, update and value."""
+        pairs = []
+        for us, ps in zip(
+            self._laid(updates, "updates"), self._laid(params, "params"), strict=True
+        ):
+            # optax.apply_updates adds them in this order.
+            if list(us) != list(ps):
+                apart = sorted(self._spec.leaves[k].path for k in us.keys() ^ ps.keys())
+                raise SpecError(
+                    f"{self._name}: updates and params differ"
+                    + (f": only one of them has {listed(apart)}" if apart else " in their order")
+                )
+            pairs += [(k, us[k], ps[k]) for k in us]
+        return pairs
 
     def _check_params(self, params: PyTree) -> None:
-        for tree in _copies(params):
-            for leaf, value in zip(
-                self._spec.leaves, match(self._spec, tree, "params"), strict=True
-            ):
-                dtype = jnp.result_type(value)
-                if self._rounding is None and leaf.path in self._met and _is_low(dtype):
+        for copy, laid in zip(_copies(params), self._laid(params, "params"), strict=True):
+            check_all_held(self._spec, tuple(laid), copy, "params")
+            for k in laid.keys() & self._rescaled.keys():
+                dtype = jnp.result_type(laid[k])
+                if self._rounding is None and _is_low(dtype):
                     raise SpecError(
-                        f"{self._name}: {leaf.path!r} has dtype {dtype}, in which an update that "
-                        "rescales is not exact; call condition between steps instead, or pass "
-                        'rounding="power_of_two"'
+                        f"{self._name}: {self._spec.leaves[k].path!r} has dtype {dtype}, in which "
+                        "an update that rescales is not exact; call condition between steps "
+                        'instead, or pass rounding="power_of_two"'
                     )
 
-    @property
-    def _met(self) -> frozenset[str]:
-        return self._spec.rescaled_paths
+    def _check_state(self, state: ReconditionState) -> None:
+        sizes = [np.shape(z) for z in state.log_scales]
+        expected = [(group.size,) for group in self._spec.groups]
+        if sizes != expected:
+            raise SpecError(
+                f"{self._name}: the state is of another spec, with log-scales of shapes {sizes} "
+                f"instead of {expected}; make one with init, or restore one of this spec"
+            )
 
-    def _emitted_dtypes(self, updates: PyTree, params: PyTree) -> PyTree:
+    def _announced(self, params: PyTree, updates: PyTree) -> jax.Array:
+        """What is remembered of where an update leads."""
+        us, ps = self._laid(updates, "updates")[0], self._laid(params, "params")[0]
+        dtypes = [self._emitted_dtype(k, us[k], ps[k]) for k in self._rescaled]
+        return self._joined(map(_sum, self._corners(ps), self._corners(us), dtypes))
+
+    def _altered(self, params: Values, state: ReconditionState) -> jax.Array:
+        """Whether the update before was due and did not lead to these parameters."""
+        here, announced = self._joined(self._corners(params)), state.announced
+        size = jnp.maximum(abs(here), abs(announced))
+        apart = ~(abs(here - announced) <= _ROUNDING * size) & jnp.isfinite(announced)
+        return self.due(state.num_updates) & apart.any()
+
+    def _corners(self, values: Values) -> list[jax.Array]:
+        """The first two entries of each rescaled leaf along each axis."""
+        whole_leaves = [jnp.asarray(values[k]) for k in self._rescaled]
+
+        def cut(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+            return leaves, [leaf[(slice(0, 2),) * leaf.ndim].ravel() for leaf in leaves]
+
+        return automatic(cut, whole_leaves)[1]
+
+    def _joined(self, parts: Iterable[jax.Array]) -> jax.Array:
+        return jnp.concatenate([part.astype(self._dtype) for part in parts])
+
+    def _emitted_dtype(self, position: int, u: Any, p: Any) -> Any:
         """Wide enough for q - p, the same whether due or not; leaves of no neuron keep theirs."""
-
-        def dtype(leaf: Any, u: Any, p: Any) -> Any:
-            here, there = jnp.result_type(u), jnp.result_type(p)
-            return compute_dtype(here, there) if leaf.path in self._met else here
-
-        leaves = jax.tree.unflatten(self._spec.treedef, self._spec.leaves)
-        return jax.tree.map(dtype, _like(params, [leaves] * len(_copies(params))), updates, params)
+        here, there = jnp.result_type(u), jnp.result_type(p)
+        return compute_dtype(here, there) if position in self._rescaled else here
 
     def _representable(self, log_scales: LogScales) -> tuple[LogScales, jax.Array]:
         """Shortens log-scales so that p + (q - p) keeps the digits of q.
@@ -199,18 +318,6 @@ def integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def match(spec: ArchSpec, tree: PyTree, what: str) -> list[Any]:
-    """``match_leaves``, with a word about ``optax.masked``."""
-    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    masked = sum(isinstance(node, optax.MaskedNode) for node in nodes)
-    if masked:
-        raise SpecError(
-            f"{masked} of {len(nodes)} leaves of {what} are masked, and conditioning needs all of "
-            "them: put this element after optax.masked or optax.partition instead of inside"
-        )
-    return match_leaves(spec, tree, what)
-
-
 def widest_dtype(spec: ArchSpec) -> Any:
     """The dtype of log-scales and diagonals."""
     return compute_dtype(*(leaf.dtype for leaf in spec.leaves if leaf.trainable))
@@ -233,7 +340,18 @@ def _copies(params: PyTree) -> tuple[PyTree, ...]:
     return tuple(params) if isinstance(params, optax.LookaheadParams) else (params,)
 
 
-def _like(params: PyTree, copies: list[PyTree]) -> PyTree:
-    return (
-        optax.LookaheadParams(*copies) if isinstance(params, optax.LookaheadParams) else copies[0]
-    )
+def _sum(p: Any, u: Any, dtype: Any) -> jax.Array:
+    p = jnp.asarray(p)
+    return (p.astype(dtype) + jnp.asarray(u, dtype)).astype(p.dtype)
+
+
+def _num_remembered(leaf: Leaf) -> int:
+    return math.prod(min(n, 2) for n in leaf.shape)
+
+
+_ALTERED_BY = {
+    "recondition": "recondition must be the last element of the chain, as in optax.chain("
+    "optax.sgd(...), pathcond.recondition(...)), and nothing else may change what it emits",
+    "reconditioned": "wrap the whole chain, as in pathcond.reconditioned(optax.chain(...), ...), "
+    "and let nothing else change what it emits",
+}

@@ -4,11 +4,14 @@ A buffer of degree d is multiplied by the parameter's factor to the power d: −
 their averages, −2 for second moments, +1 for copies of the parameters. Degrees are measured: the
 optimizer is run on small parameters w with gradients g, and again on c·w with g/c, c a power of
 two for each entry.
+
+From the top: what travels (``find_buffers``) and how (``transport``); where the buffers of a state
+are; the verdict on each; the runs.
 """
 
 import contextlib
-import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import optax
 from jax import lax
 
 from pathcond_jax._action.rescale import LogScales, rescale_buffers
+from pathcond_jax._optax.matching import held
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import leaf_path
@@ -28,7 +32,9 @@ KeyPath = tuple[Any, ...]
 Arrays = dict[KeyPath, np.ndarray]
 
 _SHORT, _LONG = 8, 512
-_PROBING = contextvars.ContextVar("probing", default=False)
+# Sizes of the entries of gradients: too small for clipping and large beside the constants that
+# keep quotients finite; and far outside of that, to tell what a buffer mixes.
+_USUAL, _TINY, _LARGE = 2.0**-10, 2.0**-40, 2.0**20
 
 
 class Buffer(NamedTuple):
@@ -49,11 +55,20 @@ Buffers = Mapping[KeyPath, Buffer]
 
 
 class _Found(NamedTuple):
+    """A floating array of a state; ``leaf`` is None and ``fits`` false for one of no parameter."""
+
     name: str
-    leaf: int
+    leaf: int | None
     path: KeyPath
     shape: tuple[int, ...]
     fits: bool
+
+
+class _Refusal(NamedTuple):
+    """Why a buffer has no degree, and the one that comes nearest."""
+
+    reason: str
+    nearest: int = 0
 
 
 class _History(NamedTuple):
@@ -64,15 +79,44 @@ class _History(NamedTuple):
     log_factor: np.ndarray
 
 
-def probing() -> bool:
-    """Whether an optimizer is being run on stand-ins of the parameters."""
-    return _PROBING.get()
-
-
 def parameter_shapes(spec: ArchSpec) -> PyTree:
     """The parameter tree with a ``jax.ShapeDtypeStruct`` for each array."""
     leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in spec.leaves]
     return jax.tree.unflatten(spec.treedef, leaves)
+
+
+def followed(
+    inner: optax.GradientTransformation,
+    spec: ArchSpec,
+    degrees: Mapping[str, int] | None = None,
+    probe_args: Mapping[str, Any] | None = None,
+) -> Callable[[PyTree], Buffers]:
+    """``find_buffers`` for whatever part of the spec's tree an optimizer holds, each measured once.
+
+    Where all leaves are trained the optimizer is taken to hold the spec's tree, and measured at
+    once, so that errors come early.
+
+    Returns:
+      A function of the parameters of the optimizer.
+    """
+    measured: dict[tuple[str, ...], Buffers] = {}
+
+    def buffers_of(params: PyTree) -> Buffers:
+        params = params.fast if isinstance(params, optax.LookaheadParams) else params
+        flat = jax.tree_util.tree_flatten_with_path(params)[0]
+        # Flax nnx has variables at init and arrays at update, under the same paths.
+        names = tuple(leaf_path(key) for key, _ in flat)
+        if names not in measured:
+            structs = jax.tree.map(
+                lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params
+            )
+            measured[names] = find_buffers(inner, spec, degrees, probe_args, structs)
+        return measured[names]
+
+    is_contents = not any(leaf.path.startswith("params/") for leaf in spec.leaves)
+    if is_contents and all(leaf.trainable for leaf in spec.leaves):
+        buffers_of(parameter_shapes(spec))
+    return buffers_of
 
 
 def find_buffers(
@@ -80,6 +124,7 @@ def find_buffers(
     spec: ArchSpec,
     degrees: Mapping[str, int] | None = None,
     probe_args: Mapping[str, Any] | None = None,
+    params: PyTree = None,
 ) -> Buffers:
     """The buffers of an optimizer that follow rescaled parameters, with their degrees.
 
@@ -88,6 +133,7 @@ def find_buffers(
       spec: the architecture.
       degrees: degrees by buffer name, or by the end of one, that are not to be measured.
       probe_args: extra arguments of ``inner.update`` for the measurement.
+      params: shapes of what the optimizer holds; None: the spec's tree.
 
     Returns:
       The buffers by key path in the state.
@@ -95,22 +141,27 @@ def find_buffers(
     Raises:
       SpecError: a buffer has no degree, or the measurement fails; the message names it.
     """
-    found = _find(inner, spec)
+    params = parameter_shapes(spec) if params is None else params
+    found = _find(inner, spec, params)
     given = _given_degrees(found, spec, degrees or {})
     asked = [buffer for buffer in found if buffer.path not in given]
-    measured = _measure(inner, spec, asked, dict(probe_args or {})) if asked else {}
-    failed = {b.name: m for b in asked if isinstance(m := measured[b.path], str)}
-    if failed:
-        listed = "; ".join(f"{name!r} {reason}" for name, reason in failed.items())
-        fitting = [b.name for b in asked if b.fits and b.name in failed]
-        example = f"{{{fitting[0]!r}: -1}}" if fitting else f"{{{next(iter(failed))!r}: 0}}"
+    extra = {"value": 1.0, **(probe_args or {})}
+    measured = _measure(inner, spec, params, asked, extra) if asked else {}
+    refused = {b.name: m for b in asked if isinstance(m := measured[b.path], _Refusal)}
+    if refused:
+        listed = "; ".join(f"{name!r} {refusal.reason}" for name, refusal in refused.items())
+        example = {name: refusal.nearest for name, refusal in refused.items()}
         raise SpecError(
             f"the optimizer's state cannot travel with the parameters: {listed}. Say what to do "
-            'with state="reset" or state="keep", or give the power of the scale that a buffer is '
-            f"multiplied by, for instance degrees={example}"
+            'with state="reset" or state="keep", or give the powers of the scale that are to be '
+            f"used all the same, 0 to leave a buffer alone: degrees={example}"
         )
     known = given | {path: m for path, m in measured.items() if isinstance(m, int)}
-    return {b.path: Buffer(b.name, b.leaf, degree) for b in found if (degree := known.get(b.path))}
+    return {
+        b.path: Buffer(b.name, b.leaf, degree)
+        for b in found
+        if b.leaf is not None and (degree := known[b.path])
+    }
 
 
 def transport(state: PyTree, spec: ArchSpec, log_scales: LogScales, buffers: Buffers) -> PyTree:
@@ -120,7 +171,7 @@ def transport(state: PyTree, spec: ArchSpec, log_scales: LogScales, buffers: Buf
       SpecError: a buffer is missing from the state.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
-    places = {path: position for position, (path, _) in enumerate(flat)}
+    places = {_plain(path): position for position, (path, _) in enumerate(flat)}
     values = [value for _, value in flat]
     missing = [buffer.name for path, buffer in buffers.items() if path not in places]
     if missing:
@@ -135,13 +186,21 @@ def transport(state: PyTree, spec: ArchSpec, log_scales: LogScales, buffers: Buf
     return jax.tree.unflatten(treedef, values)
 
 
-def _find(inner: optax.GradientTransformation, spec: ArchSpec) -> list[_Found]:
-    """Arrays of the state whose key path contains the path of a parameter that is rescaled."""
-    structs = parameter_shapes(spec)
-    keys = {path: k for k, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(structs)[0])}
-    state = _state_shapes(inner, structs)
+def _plain(path: KeyPath) -> KeyPath:
+    """A key path without the step from a Flax nnx variable to its array."""
+    last = path[-1] if len(path) > 1 else None
+    is_array = isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+    return path[:-1] if is_array else path
+
+
+def _find(inner: optax.GradientTransformation, spec: ArchSpec, params: PyTree) -> list[_Found]:
+    """The arrays of the state whose key path has that of a rescaled parameter in it, or of none."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    positions = held(spec, params, "params")
+    keys = {_plain(key): k for (key, _), k in zip(flat, positions, strict=True)}
     found = []
-    for path, value in jax.tree_util.tree_flatten_with_path(state)[0]:
+    for key, value in jax.tree_util.tree_flatten_with_path(_state_shapes(inner, params))[0]:
+        path, shape = _plain(key), tuple(value.shape)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             continue
         parts = [
@@ -151,13 +210,14 @@ def _find(inner: optax.GradientTransformation, spec: ArchSpec) -> list[_Found]:
             if path[start:stop] in keys
         ]
         if not parts:
+            found.append(_Found(leaf_path(path), None, path, shape, False))
             continue
-        _, last, start, key = max(parts, key=lambda part: part[:3])
-        leaf = keys[key]
+        _, last, start, part = max(parts, key=lambda part: part[:3])
+        leaf = keys[part]
         if spec.leaves[leaf].path in spec.rescaled_paths:
-            fits = last and tuple(value.shape) == spec.leaves[leaf].shape
+            fits = last and shape == spec.leaves[leaf].shape
             name = leaf_path(path[:start]) if last else leaf_path(path)
-            found.append(_Found(name, leaf, path, tuple(value.shape), fits))
+            found.append(_Found(name, leaf, path, shape, fits))
     return found
 
 
@@ -180,48 +240,79 @@ def _given_degrees(
             raise SpecError(f"degrees: no buffer {key!r}; the optimizer has {names}")
         for buffer in named:
             if degree and not buffer.fits:
+                leaf = "a parameter" if buffer.leaf is None else spec.leaves[buffer.leaf].path
                 raise SpecError(
-                    f"degrees: {buffer.name!r} has not the shape of "
-                    f"{spec.leaves[buffer.leaf].path!r} and can only be kept, with degree 0"
+                    f"degrees: {buffer.name!r} has not the shape of {leaf!r} and can only be "
+                    "kept, with degree 0"
                 )
             given[buffer.path] = degree
     return given
 
 
 def _measure(
-    inner: optax.GradientTransformation, spec: ArchSpec, asked: list[_Found], extra: dict[str, Any]
-) -> dict[KeyPath, int | str]:
+    inner: optax.GradientTransformation,
+    spec: ArchSpec,
+    params: PyTree,
+    asked: list[_Found],
+    extra: dict[str, Any],
+) -> dict[KeyPath, int | _Refusal]:
     """A degree or the reason why there is none, for each buffer."""
     for num_steps in (_SHORT, _LONG):
-        probe = _Probe(inner, spec, num_steps, extra)
+        probe = _Probe(inner, spec, params, num_steps, extra)
         verdicts = {b.path: _verdict(b, probe) for b in asked}
         if None not in verdicts.values():
             break
-    zero = f"is zero for {_LONG} steps"
+    zero = _Refusal(f"is zero for {_LONG} steps")
     return {path: zero if verdict is None else verdict for path, verdict in verdicts.items()}
 
 
-def _verdict(buffer: _Found, probe: "_Probe") -> int | str | None:
-    """The degree; a string if there is none; None if the buffer was zero throughout."""
+def _verdict(buffer: _Found, probe: "_Probe") -> int | _Refusal | None:
+    """What is known of a buffer; None if it was zero throughout."""
     history = probe.history(buffer)
     if history is None:
-        return "does not exist for small parameters of the same structure"
+        return _Refusal("does not exist for small parameters of the same structure")
+    small = history.base.shape[1:]
+    zero = not history.base.any() and not history.scaled.any()
+    unmoved = np.allclose(history.base, history.scaled, rtol=1e-4, atol=0.0)
+    if buffer.leaf is None:
+        # Of scalars, zeros are settings rather than buffers that are yet to be filled.
+        if zero and small:
+            return None
+        return 0 if unmoved else _Refusal("changes with the scale and belongs to no one parameter")
     if not buffer.fits:
-        small = history.base.shape[1:]
-        if small == buffer.shape and np.array_equal(history.base, history.scaled):
+        if small == buffer.shape and unmoved:
             return 0
-        return f"has shape {buffer.shape}, which is not the parameter's"
-    if not history.base.any() and not history.scaled.any():
+        return _Refusal(f"has shape {buffer.shape}, which is not the parameter's")
+    if zero:
         return None
     degree = _degree(history)
     if degree is not None:
         return degree
     # A copy of the parameters that updates move, such as an average of them.
     start = _History(history.base[:1], history.scaled[:1], history.log_factor)
-    still = probe.history(buffer, gradients=0.0)
+    still = probe.history(buffer, 0.0)
     if history.base[0].any() and _degree(start) == 1 and still is not None and _degree(still) == 1:
         return 1
-    return "is not homogeneous: no power of the scale describes how it follows the parameters"
+    return _mixed(buffer, probe)
+
+
+def _mixed(buffer: _Found, probe: "_Probe") -> _Refusal:
+    """Why no power of the scale describes how a buffer follows the parameters."""
+    tiny, large = (
+        None if history is None else _degree(history)
+        for history in (probe.history(buffer, size) for size in (_TINY, _LARGE))
+    )
+    if tiny is None or large is None or tiny == large:
+        nearest = next((d for d in (large, tiny) if d is not None), 0)
+        return _Refusal(
+            "is not homogeneous: no power of the scale describes how it follows the parameters",
+            nearest,
+        )
+    return _Refusal(
+        f"is not homogeneous: it follows the power {tiny} of the scale where gradients are tiny "
+        f"and {large} where they are large, since something of a fixed size is added to them",
+        large,
+    )
 
 
 def _degree(history: _History) -> int | None:
@@ -237,80 +328,91 @@ def _degree(history: _History) -> int | None:
 
 
 class _Probe:
-    """Runs of an optimizer on stand-ins of the parameters, two entries along each axis."""
+    """Runs of an optimizer on stand-ins of the parameters, two entries along each axis.
+
+    Args:
+      inner: the optimizer.
+      spec: the architecture.
+      params: shapes of what the optimizer holds.
+      num_steps: how many updates a run has.
+      extra: extra arguments of ``inner.update``.
+    """
 
     def __init__(
         self,
         inner: optax.GradientTransformation,
         spec: ArchSpec,
+        params: PyTree,
         num_steps: int,
         extra: dict[str, Any],
     ) -> None:
-        rng = np.random.default_rng(0)
-        self._spec, self._runs = spec, dict[float, tuple[Arrays, Arrays]]()
+        structs, self._treedef = jax.tree.flatten(params)
+        drawn = _stand_ins(structs, num_steps)
+        self._params, self._grads, self._factors = drawn
+        self._place = {k: place for place, k in enumerate(held(spec, params, "params"))}
         self._run = jax.jit(functools.partial(_run, optax.with_extra_args_support(inner), extra))
         self._compiled: Callable[..., Any] | None = None
-        self._factors: list[np.ndarray] = []
-        self._params: list[np.ndarray] = []
-        self._grads: list[np.ndarray] = []
-        # Large for the constants that keep quotients finite, and once more for clipping by a norm.
-        sizes = np.resize([8.0, 250.0, 8000.0], num_steps)
-        for leaf in spec.leaves:
-            shape = tuple(min(n, 2) for n in leaf.shape)
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                zeros = np.zeros((num_steps, *shape), np.int32)
-                parts = (np.ones(shape, np.int32), zeros, zeros)
-            else:
-                dtype = compute_dtype(leaf.dtype)
-                # Of one sign in all steps: where averages cancel, their ratios are rounding errors.
-                signs = rng.choice([-1.0, 1.0], (2, 1, *shape))
-                drawn = signs * rng.uniform(0.5, 2.0, (2, num_steps, *shape))
-                drawn[1] *= sizes.reshape(-1, *[1] * len(shape))
-                factor = 2.0 ** rng.choice([-2, -1, 1, 2], shape)
-                parts = tuple(a.astype(dtype) for a in (factor, *drawn))
-            for kept, part in zip((self._factors, self._params, self._grads), parts, strict=True):
-                kept.append(part)
+        self._states = functools.cache(self._both)
 
-    def history(self, buffer: _Found, gradients: float = 1.0) -> _History | None:
-        base, scaled = self._states(gradients)
+    def history(self, buffer: _Found, size: float = _USUAL) -> _History | None:
+        """What became of a buffer, with gradients of this size; None if it is not in the state."""
+        base, scaled = self._states(size)
         if buffer.path not in base:
             return None
-        factor = self._factors[buffer.leaf]
-        log_factor = np.log2(factor.astype(np.float64)) if buffer.fits else np.zeros(())
+        log_factor = np.zeros(())
+        if buffer.fits and buffer.leaf is not None:
+            log_factor = np.log2(self._factors[self._place[buffer.leaf]].astype(np.float64))
         return _History(base[buffer.path], scaled[buffer.path], log_factor)
 
-    def _states(self, gradients: float) -> tuple[Arrays, Arrays]:
-        if gradients not in self._runs:
-            ones = [np.ones_like(f) for f in self._factors]
-            self._runs[gradients] = (
-                self._after(ones, gradients),
-                self._after(self._factors, gradients),
-            )
-        return self._runs[gradients]
+    def _both(self, size: float) -> tuple[Arrays, Arrays]:
+        # Clipping by a global norm is not to be met in a network of many parameters either.
+        total = sum(map(np.size, self._factors))
+        size = min(size, 2.0**-4 / math.sqrt(total)) if size == _USUAL else size
+        ones = [np.ones_like(f) for f in self._factors]
+        return self._after(ones, size), self._after(self._factors, size)
 
-    def _after(self, factors: list[np.ndarray], gradients: float) -> Arrays:
-        tree = functools.partial(jax.tree.unflatten, self._spec.treedef)
-        params = [w * f for w, f in zip(self._params, factors, strict=True)]
-        grads = [
-            (g * gradients / f).astype(g.dtype) for g, f in zip(self._grads, factors, strict=True)
-        ]
+    def _after(self, factors: list[np.ndarray], size: float) -> Arrays:
+        tree = functools.partial(jax.tree.unflatten, self._treedef)
+        params = tree([w * f for w, f in zip(self._params, factors, strict=True)])
+        grads = tree(
+            [(g * size / f).astype(g.dtype) for g, f in zip(self._grads, factors, strict=True)]
+        )
         try:
             with _lenient():
                 # Compiled ahead, it gives concrete values also inside of a trace.
                 if self._compiled is None:
-                    self._compiled = self._run.lower(tree(params), tree(grads)).compile()
-                flat = self._compiled(tree(params), tree(grads))
-                return {
-                    path: np.asarray(value, np.float64)
-                    for path, value in jax.tree_util.tree_flatten_with_path(flat)[0]
-                    if jnp.issubdtype(value.dtype, jnp.floating)
-                }
+                    self._compiled = self._run.lower(params, grads).compile()
+                flat = jax.tree_util.tree_flatten_with_path(self._compiled(params, grads))[0]
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             raise SpecError(
                 "the optimizer cannot be run on small parameters to measure how its state follows "
                 f'them ({type(error).__name__}: {error}). Use state="reset" or state="keep", give '
                 "degrees= for every buffer, or probe_args= for the extra arguments of its update"
             ) from error
+        return {
+            _plain(path): np.asarray(value, np.float64)
+            for path, value in flat
+            if jnp.issubdtype(value.dtype, jnp.floating)
+        }
+
+
+def _stand_ins(structs: list[Any], num_steps: int) -> tuple[list[np.ndarray], ...]:
+    """Parameters and gradients of size 1 at each step, and a factor for each entry."""
+    rng = np.random.default_rng(0)
+    drawn: list[tuple[np.ndarray, ...]] = []
+    for struct in structs:
+        shape = tuple(min(n, 2) for n in struct.shape)
+        if not jnp.issubdtype(struct.dtype, jnp.floating):
+            zeros = np.zeros((num_steps, *shape), np.int32)
+            drawn.append((zeros, zeros, np.ones(shape, np.int32)))
+            continue
+        dtype = compute_dtype(struct.dtype)
+        # Of one sign in all steps: where averages cancel, their ratios are rounding errors.
+        signs = rng.choice([-1.0, 1.0], (2, 1, *shape))
+        params, grads = signs * rng.uniform(0.5, 2.0, (2, num_steps, *shape))
+        factors = 2.0 ** rng.choice([-2, -1, 1, 2], shape)
+        drawn.append(tuple(a.astype(dtype) for a in (params, grads, factors)))
+    return tuple(map(list, zip(*drawn, strict=True)))
 
 
 def _run(
@@ -328,8 +430,10 @@ def _run(
 
     def step(state: PyTree, now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         w, g = now
+        # For scale_by_path: what a network would have in which every path has the norm 1.
+        gram = jax.tree.map(lambda p: 1 / jnp.square(p.astype(compute_dtype(p.dtype))), w)
         w = optax.LookaheadParams(w, w) if looks_ahead else w
-        _, state = inner.update(g, state, w, **extra)
+        _, state = inner.update(g, state, w, **{"gram_diagonal": gram, **extra})
         return state, state
 
     _, states = lax.scan(step, state, (params, grads))
@@ -339,9 +443,5 @@ def _run(
 @contextlib.contextmanager
 def _lenient() -> Iterator[None]:
     """The promotion that optimizers are written for."""
-    token = _PROBING.set(True)
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            yield
-    finally:
-        _PROBING.reset(token)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -1,7 +1,8 @@
 """Parameter trees: names of leaves, which are trained, and whether a tree fits a spec."""
 
+import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,18 +89,101 @@ def match_leaves(spec: ArchSpec, tree: PyTree, what: str = "params") -> list[Any
             f"{what} has another structure than the tree the spec was built from: "
             f"{_difference([leaf_path(k) for k, _ in flat], treedef, spec)}"
         )
-    shapes = [np.shape(value) for _, value in flat]
-    for leaf, shape, (_, value) in zip(spec.leaves, shapes, flat, strict=True):
-        if shape != leaf.shape:
-            raise SpecError(
-                f"{what}: {leaf.path!r} has shape {shape}, the spec was built for {leaf.shape}"
-                + _stacked(shapes, spec)
-            )
-        if leaf.trainable and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise SpecError(
-                f"{what}: {leaf.path!r} has dtype {jnp.result_type(value)}; floats are needed"
-            )
-    return [value for _, value in flat]
+    values = [value for _, value in flat]
+    for leaf, value in zip(spec.leaves, values, strict=True):
+        check_leaf(leaf, value, what, lambda: _stacked([np.shape(v) for v in values], spec))
+    return values
+
+
+def check_leaf(
+    leaf: Leaf, value: Any, what: str = "params", hint: Callable[[], str] = lambda: ""
+) -> None:
+    """Raises SpecError if ``value`` cannot stand for ``leaf``.
+
+    Args:
+      leaf: the leaf that the spec was built for.
+      value: an array.
+      what: the name of the tree that it comes from.
+      hint: what to add to the message about another shape.
+    """
+    if np.shape(value) != leaf.shape:
+        raise SpecError(
+            f"{what}: {leaf.path!r} has shape {np.shape(value)}, the spec was built for "
+            f"{leaf.shape}{hint()}"
+        )
+    if leaf.trainable and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise SpecError(
+            f"{what}: {leaf.path!r} has dtype {jnp.result_type(value)}; floats are needed"
+        )
+
+
+def leaf_positions(spec: ArchSpec, tree: PyTree, what: str = "params") -> tuple[int, ...]:
+    """Where the leaves of a tree that holds a part of the spec's stand in ``spec.leaves``.
+
+    Leaves are matched by path, whatever the containers: the tree may be the contents of one of
+    the spec's subtrees, such as ``"params"``, or have the spec's tree inside, and may lack leaves.
+
+    Args:
+      spec: the architecture.
+      tree: a pytree, of arrays or anything else.
+      what: its name in messages.
+
+    Returns:
+      One position for each leaf of ``tree``, in flattening order.
+
+    Raises:
+      SpecError: a leaf is not in the spec, or the paths fit several of its subtrees.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    if treedef == spec.treedef:
+        return tuple(range(len(flat)))
+    paths = [leaf_path(key) for key, _ in flat]
+    known = {leaf.path: position for position, leaf in enumerate(spec.leaves)}
+    fitting = {}
+    for root in _roots(paths[:1], known):
+        place = [known.get(_below(root, path), -1) for path in paths]
+        if -1 not in place and len(set(place)) == len(place):
+            fitting[root] = tuple(place)
+    if _AS_IT_IS in fitting:
+        return fitting[_AS_IT_IS]
+    # Beside the parameters there may be a copy of them, or their statistics, under the same names.
+    trained = [p for p in fitting.values() if all(spec.leaves[k].trainable for k in p)]
+    places = sorted(trained or fitting.values())
+    if len(places) > 1:
+        could_be = " or ".join(repr(spec.leaves[place[0]].path) for place in places[:2])
+        raise SpecError(
+            f"{what}: {paths[0]!r} could be {could_be} of the tree the spec was built from; pass a "
+            "tree that has more of the path"
+        )
+    if not places and paths:
+        roots = sorted(_roots(paths, known)) or [_AS_IT_IS]
+        nearest = max(roots, key=lambda root: sum(_below(root, path) in known for path in paths))
+        raise SpecError(
+            f"{what} has another structure than the tree the spec was built from: "
+            f"{_difference([_below(nearest, path) for path in paths], treedef, spec)}"
+        )
+    return places[0] if places else ()
+
+
+# What is taken off the front of a path, and what is put there instead.
+_Root = tuple[str, str]
+_AS_IT_IS: _Root = ("", "")
+
+
+def _roots(paths: Sequence[str], known: Iterable[str]) -> set[_Root]:
+    """What makes one of the paths a known one."""
+    roots = set()
+    for path, other in itertools.product(paths, known):
+        if f"/{other}".endswith(f"/{path}"):
+            roots.add(("", other[: len(other) - len(path)]))
+        elif path.endswith(f"/{other}"):
+            roots.add((path[: len(path) - len(other)], ""))
+    return roots
+
+
+def _below(root: _Root, path: str) -> str:
+    removed, added = root
+    return added + path.removeprefix(removed)
 
 
 def _difference(paths: Sequence[str], treedef: Any, spec: ArchSpec) -> str:

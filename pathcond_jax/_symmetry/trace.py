@@ -1,6 +1,7 @@
 """Program -> spec: the neuron groups whose rescaling provably leaves the outputs unchanged."""
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -15,7 +16,7 @@ from pathcond_jax._program.graph import Graph, trace
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves, layer_path
-from pathcond_jax._spec.types import Leaf, NeuronGroup, PyTree, SpecError
+from pathcond_jax._spec.types import Leaf, NeuronGroup, PyTree, SpecError, listed
 from pathcond_jax._symmetry.infer import infer
 
 
@@ -27,11 +28,12 @@ def trace_spec(
     groups: Sequence[NeuronGroup] | None = None,
     max_pool: str = "paths",
     rescale_state: bool = False,
+    **apply_options: Any,
 ) -> ArchSpec:
     """Finds and proves what may be rescaled in a network, from its program.
 
     Args:
-      apply_fn: ``apply_fn(params, *inputs) -> outputs``; any JAX function.
+      apply_fn: ``apply_fn(params, *inputs, **apply_options) -> outputs``; any JAX function.
       params: pytree of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
       trainable: which leaves may be rescaled. None: the floating ones, and only those under
@@ -44,13 +46,16 @@ def trace_spec(
       rescale_state: also rescale floating leaves that are not trainable, such as the running
         means of batch normalization: what inference allows and training does not, for folding
         before quantization. They do not count in ``p``.
+      **apply_options: keyword arguments of ``apply_fn`` that are the same at every call, such as
+        ``train=False``, ``rngs=`` and ``mutable=`` of Flax linen. For one that has the name of an
+        argument above, wrap ``apply_fn`` in a function that sets it.
 
     Returns:
       The spec: static, printable, compared by identity.
 
     Raises:
-      SpecError: a leaf is not an array, ``apply_fn`` does not use its parameters, or ``groups``
-        do not fit them.
+      SpecError: a leaf is not an array, ``apply_fn`` does not use its parameters or does not take
+        the keyword arguments, or ``groups`` do not fit the parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,6 +74,9 @@ def trace_spec(
             f"apply_fn must be a function, not of type {type(apply_fn).__name__}; the arguments "
             "are (apply_fn, params, *inputs)"
         )
+    if apply_options:
+        _check_options(apply_fn, apply_options)
+        apply_fn = functools.partial(apply_fn, **apply_options)
     leaves, treedef = describe_leaves(params, trainable)
     if rescale_state:
         floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -84,6 +92,25 @@ def trace_spec(
     return ArchSpec(
         cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes
     )
+
+
+def _check_options(apply_fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """A keyword that neither ``trace_spec`` nor ``apply_fn`` knows is a slip of the pen."""
+    known = inspect.signature(apply_fn).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+        return
+    names = [p.name for p in known if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    own = [
+        parameter.name
+        for parameter in inspect.signature(trace_spec).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    for option in options:
+        if option not in names:
+            raise SpecError(
+                f"trace_spec has no argument {option!r}, and apply_fn{_defined_at(apply_fn)} takes "
+                f"no such keyword; those of trace_spec are {listed(own)}"
+            )
 
 
 def _shape_of(value: Any) -> jax.ShapeDtypeStruct:
@@ -236,5 +263,6 @@ def _is_captured(constant: Any, leaf: Leaf, value: Any) -> bool:
 
 
 def _defined_at(function: Callable[..., Any]) -> str:
+    function = function.func if isinstance(function, functools.partial) else function
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else ""
