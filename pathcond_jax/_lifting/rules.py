@@ -228,7 +228,7 @@ def _mul(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
 
 
 def _gated(node: Node, inputs: list[Value]) -> Value:
-    """X · 1[x > 0]: an activation."""
+    """x · 1[x > 0]: an activation."""
     gates = [value for value in inputs if isinstance(value, Gate)]
     _no_integers(node, gates)
     signals = signals_of(inputs)

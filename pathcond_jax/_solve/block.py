@@ -141,7 +141,7 @@ def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
 
 
 def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
-    """Log x of neurons that share only S and move at once.
+    """log x of neurons that share only S and move at once.
 
     S solves ``S = D + Σ_h B_h x_h(S) + C_h / x_h(S)``. The right side grows more slowly than S,
     so there is one root; Newton's steps on its logarithm are kept inside a bracket.

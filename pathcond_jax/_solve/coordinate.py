@@ -322,7 +322,7 @@ def _seen_from_rows(met: Meeting) -> Meeting:
 
 
 def _in_turn(neurons: Neurons, rest: jax.Array) -> jax.Array:
-    """Log x of neurons that share only S and move one after the other.
+    """log x of neurons that share only S and move one after the other.
 
     ``rest`` is the mass that none of them has. What a neuron sees of the others is made of
     positive parts: the rest, what the earlier ones have left and what the later ones still have.

@@ -37,7 +37,7 @@ class Neurons(NamedTuple):
 
 
 def balance(out: jax.Array, into: jax.Array, tilt: jax.Array, total: jax.Array) -> jax.Array:
-    """Log x for the positive root of ``B x² + tilt S x − C = 0`` given log B, log C, log S.
+    """log x for the positive root of ``B x² + tilt S x − C = 0`` given log B, log C, log S.
 
     With x = sqrt(C/B) v it reads v² + 2κ v − 1 = 0, so log v = −asinh κ: nothing cancels or
     overflows, whatever the depth of the network.
@@ -50,7 +50,7 @@ def balance(out: jax.Array, into: jax.Array, tilt: jax.Array, total: jax.Array) 
 
 
 def log_x(neurons: Neurons, total: jax.Array) -> jax.Array:
-    """Log x at the minimum, where S is exp(total); 0 for neurons that may not move."""
+    """log x at the minimum, where S is exp(total); 0 for neurons that may not move."""
     log_x = balance(neurons.out, neurons.into, neurons.tilt, total)
     return jnp.where(neurons.alive, jnp.clip(log_x, neurons.low, neurons.high), 0)
 

@@ -211,13 +211,13 @@ def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def segment_logsumexp(logs: jax.Array, segments: np.ndarray | jax.Array, count: int) -> jax.Array:
-    """Log Σ exp over each of ``count`` segments; −inf where there is nothing."""
+    """log Σ exp over each of ``count`` segments; −inf where there is nothing."""
     top = _finite(segment_max(logs, segments, count))
     return jnp.log(segment_sum(jnp.exp(logs - top[segments]), segments, count)) + top
 
 
 def logsumexp(logs: jax.Array, axis: int | None = None) -> jax.Array:
-    """Log Σ exp over an axis, by default over all entries; −inf where there is nothing."""
+    """log Σ exp over an axis, by default over all entries; −inf where there is nothing."""
     # That of jax.scipy handles signs and +inf as well, and takes three times as long to compile.
     top = _finite(jnp.max(logs, axis=axis, keepdims=True))
     return jnp.log(jnp.exp(logs - top).sum(axis)) + jnp.squeeze(top, axis)
@@ -244,7 +244,7 @@ def matvec(values: jax.Array, vectors: jax.Array, side: int) -> jax.Array:
 
 
 def log_matvec(values: jax.Array, logs: jax.Array, side: int) -> jax.Array:
-    """Log of :func:`matvec` with exp(logs)."""
+    """log of :func:`matvec` with exp(logs)."""
     top = _finite(jnp.max(logs, axis=1, keepdims=True))
     return jnp.log(matvec(values, jnp.exp(logs - top), side)) + top
 
@@ -262,7 +262,7 @@ def quadratic(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -
 
 
 def log_sums(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
-    """Log of the sum over each position of ``values · exp(exponents of both positions)``."""
+    """log of the sum over each position of ``values · exp(exponents of both positions)``."""
     sides = zip(masses.values, split_sides(table, exponents), strict=True)
     return exponents + join_sides(
         [(log_matvec(v, y, 0), log_matvec(v, x, 1)) for v, (x, y) in sides]
@@ -270,7 +270,7 @@ def log_sums(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
 
 
 def log_total(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
-    """Log of the sum over all entries of ``values · exp(exponents of both positions)``."""
+    """log of the sum over all entries of ``values · exp(exponents of both positions)``."""
     # Every entry is in one row, so the columns need not be asked.
     sides = zip(masses.values, split_sides(table, exponents), strict=True)
     rows = [x + log_matvec(v, y, 0) for v, (x, y) in sides]

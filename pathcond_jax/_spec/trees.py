@@ -41,10 +41,12 @@ def describe_leaves(
       The leaves in flattening order, and the tree structure.
 
     Raises:
-      SpecError: a leaf is no array, or one declared trainable is not of floating dtype.
+      SpecError: a leaf is no array, one declared trainable is not of floating dtype, or two have
+        paths that read alike.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [leaf_path(key) for key, _ in flat]
+    _check_distinct(paths, [key for key, _ in flat])
     declared = _declared_trainable(params, trainable, paths)
     leaves = []
     for path, (_, value), chosen in zip(paths, flat, declared, strict=True):
@@ -93,6 +95,18 @@ def match_leaves(spec: ArchSpec, tree: PyTree, what: str = "params") -> list[Any
     for leaf, value in zip(spec.leaves, values, strict=True):
         check_leaf(leaf, value, what, lambda: _stacked([np.shape(v) for v in values], spec))
     return values
+
+
+def _check_distinct(paths: Sequence[str], keys: Sequence[Any]) -> None:
+    first: dict[str, Any] = {}
+    for path, key in zip(paths, keys, strict=True):
+        if path in first:
+            one, two = (jax.tree_util.keystr(k) for k in (first[path], key))
+            raise SpecError(
+                f"two leaves of the parameter tree read {path!r}, params{one} and params{two}; "
+                'rename one of them, without a "/" in the key'
+            )
+        first[path] = key
 
 
 def check_leaf(

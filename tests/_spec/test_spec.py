@@ -271,3 +271,11 @@ class TestInJax:
             pathcond.trace_spec(mixed, params, x)
         with jax.numpy_dtype_promotion("standard"):
             assert pathcond.trace_spec(mixed, params, x).num_parameters == 18
+
+
+def test_two_leaves_whose_paths_read_alike():
+    params = {"a": {"b": jnp.ones((2, 3))}, "a/b": jnp.ones((3, 2))}
+    with pytest.raises(
+        pathcond.SpecError, match=r"read 'a/b', params\['a'\]\['b'\] and params\['a/b'\]"
+    ):
+        pathcond.trace_spec(lambda p, x: x @ p["a"]["b"] @ p["a/b"], params, jnp.ones((1, 2)))
