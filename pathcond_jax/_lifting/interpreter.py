@@ -373,6 +373,16 @@ class Lifting:
                 )
 
 
+def side_by_side(
+    lifting: Lifting, linear: Call, values: Sequence[Value], extra: tuple[Any, ...] = ()
+) -> Value:
+    """One value out of the entries of several."""
+    coefficients = coefficients_of(values)
+    if coefficients is not None:
+        return lifting.joined(linear, *coefficients, extra=extra)
+    return lifting.combined(linear, *values, extra=extra)
+
+
 def _objection(node: Node, rule: Any) -> str:
     if node.effect:
         return "has effects that are not followed"

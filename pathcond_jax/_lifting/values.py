@@ -195,3 +195,35 @@ def is_trainable(value: Value) -> bool:
 def is_fixed_scalar(value: Value) -> bool:
     """Whether a value is one number that is no parameter."""
     return isinstance(value, Coefficient) and not value.trainable and np.size(value.raw) == 1
+
+
+def is_zero(value: Value) -> bool:
+    """Whether a value is known to be 0 everywhere."""
+    return is_constant(value, 0)
+
+
+def is_constant(value: Value, number: float) -> bool:
+    """Whether a value is known to be ``number`` everywhere."""
+    return (
+        isinstance(value, Coefficient)
+        and not value.trainable
+        and not is_traced(value.raw)
+        and bool((np.asarray(value.raw) == number).all())
+    )
+
+
+def no_gates(node: Node, values: Sequence[Value]) -> None:
+    """Raises NotPathLiftableError if one of the values is a gate."""
+    gates = [value for value in values if isinstance(value, Gate)]
+    no_integers(node, gates)
+    if gates:
+        raise unliftable(node, "mixes paths with values that depend on the input in another way")
+
+
+def no_integers(node: Node, gates: Sequence[Gate]) -> None:
+    """Raises NotPathLiftableError if a gate is an integer of the input's."""
+    if not all(gate.switch for gate in gates):
+        raise NotPathLiftableError(
+            f"{at(node)} needs floats and gets integers from the network's input, where no path "
+            "begins; give trace_spec floating inputs (their shapes suffice)"
+        )
