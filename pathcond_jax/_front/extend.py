@@ -135,7 +135,7 @@ def operations() -> Operations:
     )
 
 
-def _entry(table: primitives.Table[Any], primitive: Any) -> str:
+def _entry(table: primitives.RuleTable[Any], primitive: Any) -> str:
     if primitive in primitives.REFERENCES:
         return "reference"
     return "rule" if primitive in table else table.without.get(primitive, "no rule")

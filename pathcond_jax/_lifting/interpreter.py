@@ -45,7 +45,7 @@ from pathcond_jax._lifting.values import (
 )
 from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
-from pathcond_jax._program.primitives import Table, find
+from pathcond_jax._program.primitives import RuleTable, find
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.extended_range import Scaled
 from pathcond_jax._spec.types import SpecError
@@ -54,7 +54,7 @@ from pathcond_jax._spec.types import SpecError
 PathRule = Callable[["Lifting", Node, list[Value]], Sequence[Value]]
 
 # How paths pass through each primitive.
-RULES: Table[PathRule] = Table("lifting")
+RULES: RuleTable[PathRule] = RuleTable("lifting")
 
 _MULTIPLES_IN_A_ROW = 3
 

@@ -170,7 +170,7 @@ class Entry(NamedTuple, Generic[Function]):
         return ""
 
 
-class Table(Generic[Function]):
+class RuleTable(Generic[Function]):
     """The rules of one analysis, by primitive.
 
     Attributes:

@@ -23,7 +23,7 @@ import numpy as np
 
 from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
-from pathcond_jax._program.primitives import Table
+from pathcond_jax._program.primitives import RuleTable
 from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
@@ -56,7 +56,7 @@ class Reason(NamedTuple):
 ScaleRule = Callable[..., Sequence[Terms]]
 
 # How positive scales pass through each primitive.
-RULES: Table[ScaleRule] = Table("symmetry")
+RULES: RuleTable[ScaleRule] = RuleTable("symmetry")
 
 
 class Analysis:
