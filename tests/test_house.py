@@ -48,7 +48,9 @@ def imported_rooms(path: pathlib.Path) -> set[str]:
         else:
             continue
         parts = [module.split(".") for module in modules]
-        found |= {part[1] if part[1:] else "" for part in parts if part[0] == "pathcond_jax"}
+        names = {part[1] if part[1:] else "" for part in parts if part[0] == "pathcond_jax"}
+        # What is no room is a public name of the package.
+        found |= {name if name in BELOW else "" for name in names}
     return found
 
 
