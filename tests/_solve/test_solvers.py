@@ -629,8 +629,8 @@ def test_blocks_sum_what_the_definition_sums(few):
     np.testing.assert_allclose(out - into, mass @ b, rtol=1e-9, atol=1e-9)
     weights = stacks.normalized(masses, table, exponents, total)
     np.testing.assert_allclose(sum(w.sum() for w in weights), 1)
-    image = stacks.products(weights, table, stacks.spread(table, jnp.asarray(z)))
-    sums = stacks.products(weights, table, jnp.ones_like(image))
+    image = stacks.matvecs(weights, table, stacks.spread(table, jnp.asarray(z)))
+    sums = stacks.matvecs(weights, table, jnp.ones_like(image))
     out, into = stacks.collect(table, image + sums * stacks.spread(table, jnp.asarray(z)))
     np.testing.assert_allclose(out - into, b.T @ (mass / mass.sum() * (b @ z)), atol=1e-9)
 
@@ -679,3 +679,18 @@ def test_wrong_calls():
         solve(term._replace(terms=()), spec)
     with pytest.raises(SpecError, match="concave"):
         solve(term._replace(concave=term.terms), spec)
+
+
+def test_entries_of_opposite_neurons_survive_a_switch_of_precision():
+    """The arrangement is cached across the switch, and JAX caches how it converted its arrays."""
+    gram, spec = recurrent(np.random.default_rng(11))
+    assert len(stacks.table(spec).pieces) > 1
+    narrow = solve(jax.tree.map(np.float32, gram), spec)
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        wide = solve(gram, spec)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    assert wide.objective.dtype == np.float64
+    np.testing.assert_allclose(join(narrow.log_scales), join(wide.log_scales), atol=1e-4)
