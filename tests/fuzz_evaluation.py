@@ -124,7 +124,10 @@ def _in_jax(eqn, values):
             _padded(value[start : start + _CHUNK]) if is_batched else value[0]
             for value, is_batched in zip(values, batched, strict=True)
         ]
-        chunks.append([np.asarray(result) for result in function(*part)])
+        try:
+            chunks.append([np.asarray(result) for result in function(*part)])
+        except NotImplementedError:
+            raise CannotEvaluateError(eqn.primitive.name) from None
     if not any(batched):
         return [result[None] for result in chunks[0]]
     return [np.concatenate(parts)[:count] for parts in zip(*chunks, strict=True)]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 LAYERS = {}
 UNUSUAL = {}
@@ -343,6 +344,8 @@ def cast(program, x, y, r):
 
 @unusual
 def complex_numbers(program, x, y, r):
+    if not x.ndim:
+        return None
     y = y if y.shape == x.shape else jnp.flip(x, -1) if x.ndim else x
     z = lax.complex(x, r.choice([y, jnp.zeros_like(x), 2 * x, jnp.ones_like(x)]))
     return r.choice(
@@ -362,6 +365,8 @@ def complex_numbers(program, x, y, r):
 
 @unusual
 def fourier(program, x, y, r):
+    if not x.ndim:
+        return None
     axis = _axis(x, r)
     return r.choice(
         [
@@ -416,6 +421,8 @@ def reshaped(program, x, y, r):
 
 @unusual
 def repeated(program, x, y, r):
+    if not x.ndim:
+        return None
     axis = _axis(x, r)
     return r.choice(
         [
@@ -454,6 +461,8 @@ def repeated(program, x, y, r):
 
 @unusual
 def padded(program, x, y, r):
+    if not x.ndim:
+        return None
     config = [(r.choice([-1, 0, 0, 1]), r.choice([0, 1, -1]), r.choice([0, 0, 1])) for _ in x.shape]
     fill = r.choice([0.0, 0.0, 1.0, -np.inf])
     mode = r.choice(["wrap", "edge", "reflect", "symmetric", "mean", "maximum", "linear_ramp"])
@@ -471,9 +480,13 @@ def padded(program, x, y, r):
 
 @unusual
 def sliced(program, x, y, r):
+    if not x.ndim:
+        return None
     axis = _axis(x, r)
     n = x.shape[axis]
     index = r.choice([program.n, _integers(x.reshape(-1)[0], n), jnp.argmax(x.reshape(-1)), n - 1])
+    index = jnp.asarray(index, jnp.int32)
+    zero = jnp.zeros_like(index)
     return r.choice(
         [
             lambda: lax.slice_in_dim(x, 0, n, 2, axis),
@@ -484,7 +497,7 @@ def sliced(program, x, y, r):
             lambda: lax.dynamic_update_slice_in_dim(x, 2 * x, index, axis),
             lambda: lax.dynamic_update_index_in_dim(x, lax.index_in_dim(x, 0, axis), index, axis),
             lambda: lax.dynamic_update_slice(
-                x, jnp.zeros((1,) * x.ndim, x.dtype), (index,) + (0,) * (x.ndim - 1)
+                x, jnp.zeros((1,) * x.ndim, x.dtype), (index,) + (zero,) * (x.ndim - 1)
             ),
             lambda: lax.dynamic_update_slice(
                 x, jnp.ones((1,) * x.ndim, x.dtype), (0,) * (x.ndim - 1) + (n - 1,)
@@ -503,6 +516,8 @@ def sliced(program, x, y, r):
 
 @unusual
 def reduced(program, x, y, r):
+    if not x.ndim:
+        return None
     axis = _axis(x, r)
     axes = (axis,) if r.random() < 0.7 else tuple(range(x.ndim))
     return r.choice(
@@ -547,6 +562,8 @@ def _two_sums(a, b):
 
 @unusual
 def cumulative(program, x, y, r):
+    if not x.ndim:
+        return None
     axis, reverse = _axis(x, r), r.random() < 0.5
     combine = r.choice(
         [jnp.add, jnp.maximum, jnp.multiply, lambda a, b: a + 0.5 * b, lambda a, b: b + relu(a) * 0]
@@ -579,6 +596,8 @@ def _affine(one, two):
 
 @unusual
 def sorted_(program, x, y, r):
+    if not x.ndim:
+        return None
     axis = _axis(x, r)
     other = y if y.shape == x.shape else 2 * x
     k = min(2, x.shape[-1])
@@ -608,6 +627,8 @@ def sorted_(program, x, y, r):
 
 @unusual
 def windowed(program, x, y, r):
+    if not x.ndim:
+        return None
     window = [r.choice([1, 2]) for _ in x.shape]
     strides = [r.choice([1, 1, 2]) for _ in x.shape]
     spread = {"base_dilation": [r.choice([1, 1, 2]) for _ in x.shape]}
@@ -616,7 +637,7 @@ def windowed(program, x, y, r):
     pads = r.choice(["SAME", "VALID", [(r.choice([0, 1]), r.choice([0, 1])) for _ in x.shape]])
 
     def pooled(x, start=-np.inf, combine=lax.max):
-        start = jnp.asarray(start, x.dtype)
+        start = np.asarray(start, x.dtype) if isinstance(start, float) else start
         return lax.reduce_window(x, start, combine, window, strides, pads, **spread)
 
     return r.choice(
@@ -645,6 +666,7 @@ def convolution(program, x, y, r):
     if x.ndim not in (3, 4):
         return None
     space = x.ndim - 2
+    dilation = r.choice([None, (2,) * space])
     lhs = r.sample("NC" + "WH"[:space], x.ndim)
     rhs = r.sample("IO" + "WH"[:space], x.ndim)
     out = r.sample("NC" + "WH"[:space], x.ndim)
@@ -661,8 +683,8 @@ def convolution(program, x, y, r):
         x,
         kernel,
         [r.choice([1, 2]) for _ in range(space)],
-        r.choice(["SAME", "VALID", pads]),
-        lhs_dilation=r.choice([None, (2,) * space]),
+        pads if dilation else r.choice(["SAME", "VALID", pads]),
+        lhs_dilation=dilation,
         rhs_dilation=r.choice([None, (2,) * space]),
         dimension_numbers=("".join(lhs), "".join(rhs), "".join(out)),
         feature_group_count=groups,
@@ -768,7 +790,7 @@ def attention(program, x, y, r):
 @unusual
 def linear_algebra(program, x, y, r):
     square = program.param(2, 2)
-    if r.random() < 0.5:
+    if r.random() < 0.5 and x.size > 3:
         square = x.reshape(-1)[:4].reshape(2, 2)
     positive = square @ square.T + 0.1 * np.eye(2)
     v = x.reshape(-1)[:2]
@@ -825,6 +847,8 @@ def _indices(program, x, n, r):
 
 @unusual
 def gathered(program, x, y, r):
+    if not x.ndim:
+        return None
     axis = _axis(x, r)
     n = x.shape[axis]
     index = _indices(program, x, n, r)
@@ -835,7 +859,8 @@ def gathered(program, x, y, r):
         offset_dims=tuple(range(1, x.ndim + 1)), collapsed_slice_dims=(), start_index_map=(axis,)
     )
     sizes = [1 if a == axis else r.choice([m, max(m - 1, 1)]) for a, m in enumerate(x.shape)]
-    along = jnp.broadcast_to(jnp.reshape(index, -1)[:1].reshape((1,) * x.ndim), x.shape)
+    along = jnp.ravel(index)[:1] if jnp.size(index) else np.array([0])
+    along = jnp.broadcast_to(along.reshape((1,) * x.ndim), x.shape)
     return r.choice(
         [
             lambda: jnp.take(x, index, axis, mode=mode, fill_value=fill),
@@ -863,13 +888,15 @@ def gathered(program, x, y, r):
                 x, _integers(x.reshape(x.shape[0], -1)[:, 0], 3)
             ) if x.ndim > 1 else None,
             lambda: jnp.choose(_integers(x, 2), [x, 2 * x], mode="clip"),
-            lambda: jnp.compress(np.array([True, False, True])[:n], x, axis),
+            lambda: jnp.compress(np.array([True, False, True])[:n], x, axis, size=1),
         ]
     )()  # fmt: skip
 
 
 @unusual
 def scattered(program, x, y, r):
+    if not x.ndim:
+        return None
     index = _indices(program, x, x.shape[0], r)
     where = r.choice(
         [
@@ -920,6 +947,8 @@ def scattered(program, x, y, r):
 
 @unusual
 def scattered_otherwise(program, x, y, r):
+    if not x.ndim:
+        return None
     n = x.shape[0]
     segments = r.choice([np.arange(n) % 2, _integers(x.reshape(n, -1)[:, 0], 2), np.arange(n) % 3])
     numbers = lax.ScatterDimensionNumbers(
@@ -1136,6 +1165,8 @@ def shift_register(program, x, y, r):
 
 @unusual
 def scanned_layers(program, x, y, r):
+    if not x.ndim:
+        return None
     n = x.shape[-1]
     stack, biases = program.param(3, n, n), program.param(3, n)
     kind = r.randrange(5)
@@ -1158,6 +1189,8 @@ def scanned_layers(program, x, y, r):
 
 @unusual
 def loop(program, x, y, r):
+    if not x.ndim:
+        return None
     kernel = program.param(x.shape[-1], x.shape[-1])
     y = y if y.shape == x.shape else x
     steps = r.choice([0, 1, 2, 3])
@@ -1257,7 +1290,9 @@ def wrapped(program, x, y, r):
             lambda: jax.grad(lambda x: inner(x).sum())(x) + x,
             lambda: jax.linearize(inner, x)[1](x),
             lambda: lax.stop_gradient(inner(x)),
-            lambda: lax.composite(inner, "my.block")(x),
+            lambda: lax.composite(lambda x, parameters: program.inner(x, parameters), "my.block")(
+                x, parameters
+            ),
             lambda: lax.scan(lambda c, row: (c, inner(row)), 0, x)[1],
             lambda: jax.jacfwd(inner)(x[..., 0].reshape(-1)[:2]),
         ]
@@ -1348,6 +1383,8 @@ def _double(x):
 
 @unusual
 def drawn(program, x, y, r):
+    if not x.ndim:
+        return None
     key = jax.random.key(r.randrange(3))
     return r.choice(
         [
@@ -1371,7 +1408,7 @@ def named(program, x, y, r):
             lambda: jnp.copy(x),
             lambda: lax.stop_gradient(x),
             lambda: lax.optimization_barrier((x, y))[0],
-            lambda: jax.ad_checkpoint.checkpoint_name(x, "x"),
+            lambda: checkpoint_name(x, "x"),
             lambda: jax.device_put(x),
             lambda: lax.with_sharding_constraint(
                 x, jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -97,6 +97,7 @@ class Program:
         jax.eval_shape(self._run, {}, *self._abstract_inputs())
         self._learning = False
         self._closed = None
+        self._settle()
         self._keep_used()
 
     @property
@@ -184,6 +185,18 @@ class Program:
             self._left_out.add(path)
         else:
             values.append(result)
+
+    def _settle(self):
+        """Leaves out steps that fail now that their parameters are arguments."""
+        for _ in self._numbered():
+            try:
+                self.jaxpr()
+            except Exception as error:
+                number = self._path[0]
+                self.failed[self.recipe.steps[number].name] = error
+                self._left_out.add((number,))
+            else:
+                return
 
     def _new_name(self, shape):
         self._asked += 1
