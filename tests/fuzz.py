@@ -24,13 +24,14 @@ import fuzz_evaluation
 import jax
 import jax.extend.core.primitives
 import numpy as np
+from fuzz_operations import UNUSUAL
 from fuzz_programs import Program, random_recipe
 
 import pathcond_jax as pathcond
 
 # Linux allows a process 65530 memory maps, of which each compiled program holds a few.
 _MOST_MAPS, _PROGRAMS_BETWEEN = 30_000, 50
-_MAX_SHRINKS = 200
+_MAX_SHRINKS, _MAX_EXAMPLES = 200, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,15 +293,28 @@ def unseen_primitives(report):
     return sorted(names - set(report.primitives) - {""})
 
 
+def distinct(kind, found, shrink):
+    """Examples of a failure that are left with different steps once they are shrunk."""
+    shortest = sorted(found, key=lambda item: len(item[1].steps))
+    if not shrink:
+        return shortest[:1]
+    kept = {}
+    for seed, recipe, detail in shortest[:_MAX_EXAMPLES]:
+        small = shrunk(recipe, _fails_alike(kind, seed))
+        unusual = tuple(sorted({step.name for step in small.steps if step.name in UNUSUAL}))
+        known = kept.get(unusual)
+        if known is None or len(small.steps) < len(known[1].steps):
+            kept[unusual] = seed, small, detail
+    return list(kept.values())
+
+
 def print_report(report, seconds, shrink=True):
     """Everything a person needs to mend what was found."""
     print(report.summary(seconds))
     for kind, found in sorted(report.failures.items(), key=lambda item: -len(item[1])):
-        seed, recipe, detail = min(found, key=lambda item: len(item[1].steps))
-        if shrink:
-            recipe = shrunk(recipe, _fails_alike(kind, seed))
-        print(f"\n{kind}: {len(found)} programs, such as {[s for s, *_ in found[:8]]}\n  {detail}")
-        print(listing(recipe, seed))
+        print(f"\n{kind}: {len(found)} programs, such as {[seed for seed, *_ in found[:8]]}")
+        for seed, recipe, detail in distinct(kind, found, shrink):
+            print(f"  {detail}\n{listing(recipe, seed)}")
     if shrink and report.misses:
         blamed, examples = misses_by_operation(report)
         print("\nmisses by operation:")

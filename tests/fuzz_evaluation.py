@@ -180,13 +180,17 @@ def _while(eqn, values):
     for _ in range(1000):
         here = _taken(carry, running) if count > 1 else carry
         (goes_on,) = _body(condition)([*_taken(read, running), *here])
-        running = running[np.broadcast_to(goes_on, len(running))]
+        goes_on = np.broadcast_to(goes_on, (len(running), *goes_on.shape[1:]))
+        some = goes_on.reshape(len(running), -1).any(1)
+        running, goes_on = running[some], goes_on[some]
         if not running.size:
             return carry
         here = _taken(carry, running) if count > 1 else carry
         after = _body(body)([*_taken(used, running), *here])
         for whole, part in zip(carry, after, strict=True):
-            whole[running] = part
+            # Of a loop under vmap, each element goes on for as long as it wants.
+            chosen = goes_on.reshape(*goes_on.shape, *(1,) * (whole.ndim - goes_on.ndim))
+            whole[running] = np.where(chosen, part, whole[running])
     raise CannotEvaluateError("a loop that does not end")
 
 
