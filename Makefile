@@ -3,6 +3,8 @@ VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 WORKERS ?= 2
 ARGS ?=
+COUNT ?= 1000
+SEED ?= 0
 # Whatever depends on what the versions of JAX, Flax and optax trace to, or keep in their states.
 CORE = condition export front_doors golden registry spec symmetry transforms transport zoo
 
@@ -24,7 +26,7 @@ pip_install = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test studies lint format typecheck wheel oldest newest bench clean
+.PHONY: help install demo test studies fuzz lint format typecheck wheel oldest newest bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -39,6 +41,9 @@ test: $(VENV)/installed  ## run the tests; ARGS="-k name" goes to pytest
 
 studies: $(VENV)/installed  ## run every study of `pathcond reproduce` on its small grid, into build/studies
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m study $(ARGS)
+
+fuzz: $(VENV)/installed  ## try COUNT random programs from SEED on; ARGS="--seconds 600" stops earlier
+	$(VENV)/bin/python tests/fuzz.py --count $(COUNT) --seed $(SEED) $(ARGS)
 
 lint: $(VENV)/installed  ## check style and formatting
 	$(VENV)/bin/ruff check

@@ -1,0 +1,81 @@
+"""Five hundred random programs a day: none is changed, none raises what is not the library's."""
+
+import datetime
+
+import fuzz
+import jax
+import numpy as np
+import pytest
+
+_BLOCKS, _PROGRAMS = 20, 25
+
+
+def first_seed(day):
+    """The first program of a day; a day's programs do not meet those of another."""
+    return day.toordinal() * _BLOCKS * _PROGRAMS
+
+
+@pytest.fixture
+def promotion():
+    """Programs are written as users write them."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+# Not in the tests' names: xdist wants the same ones in all workers, also around midnight.
+@pytest.mark.usefixtures("x64", "promotion")
+@pytest.mark.parametrize("block", range(_BLOCKS))
+def test_todays_programs(block):
+    today = datetime.datetime.now(datetime.UTC).date()
+    start = first_seed(today) + block * _PROGRAMS
+
+    report = fuzz.run(range(start, start + _PROGRAMS), fuzz.Rates(0.1, 0.02, 0.0))
+
+    found = [
+        f"{kind}: {detail}\n  python tests/fuzz.py --seed {seed} --count 1 --lifting 1"
+        for kind, examples in report.failures.items()
+        for seed, _, detail in examples
+    ]
+    assert not found, "\n".join([f"programs of {today}, from {start}", *found])
+
+
+@pytest.mark.usefixtures("x64", "promotion")
+def test_programs_are_those_of_their_seed():
+    one, two = (fuzz.Program(fuzz.random_recipe(7)) for _ in range(2))
+
+    assert str(one.jaxpr()) == str(two.jaxpr())
+
+
+@pytest.mark.usefixtures("x64", "promotion")
+@pytest.mark.parametrize("seed", range(40, 60))
+def test_the_fuzzers_evaluation_is_that_of_jax(seed):
+    program = fuzz.Program(fuzz.random_recipe(seed))
+    rng = np.random.default_rng(seed)
+    params, x, n = program.draw(rng, 3)
+    arguments = [*(params[name] for name in sorted(params)), x, n]
+
+    try:
+        found = fuzz.fuzz_evaluation.evaluate(program.jaxpr(), arguments)
+    except fuzz.fuzz_evaluation.CannotEvaluateError:
+        pytest.skip("run by JAX")
+
+    for k in range(3):
+        one = {name: value[k] for name, value in params.items()}
+        for mine, theirs in zip(found, jax.jit(program)(one, x[k], n[k]), strict=True):
+            mine = mine[min(k, len(mine) - 1)]
+            np.testing.assert_allclose(mine, theirs, rtol=1e-6, atol=1e-6 * abs(mine).max())
+
+
+@pytest.mark.usefixtures("x64", "promotion")
+def test_a_wrong_symmetry_is_found_and_shrunk(monkeypatch):
+    wrong = np.array([[1.0], *[[0.0]] * 200])
+    honest = fuzz.fuzz_checks.directions
+    monkeypatch.setattr(
+        fuzz.fuzz_checks, "directions", lambda spec: wrong[: len(honest(spec))] + 0 * honest(spec)[:, :1]
+    )
+    recipe = next(r for r in map(fuzz.random_recipe, range(100)) if len(r.steps) > 4)
+
+    failure = fuzz.examine(recipe, 0, fuzz.Rates(0.0, 0.0, 0.0)).failure
+
+    assert failure.kind == "WRONG"
+    assert len(fuzz.shrunk(recipe, fuzz._fails_alike("WRONG", 0)).steps) < len(recipe.steps)
