@@ -129,8 +129,8 @@ def _one_example(
     single = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
     try:
         shorter = trace(apply_fn, params, *single)
-    except (TypeError, ValueError):
-        # The leading axis is no batch: the network wants its full length.
+    except Exception:
+        # The leading axis is no batch, or the model insists on its length, in whatever way.
         return graph
     whole = all(
         aval.shape == (1, *graph.avals[k].shape[1:])

@@ -195,3 +195,13 @@ def test_captured_statistics_are_not_taken_for_zeros():
     spec = pathcond.trace_spec(apply_fn, params, vector(5, 3).astype(np.float32))
 
     assert [[str(i) for i in group.incoming] for group in spec.groups] == [["g[0]"]]
+
+
+def test_a_model_that_insists_on_its_batch_size():
+    def apply_fn(params, x):
+        assert x.shape[0] == 4, "batches of four"
+        return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+    spec = pathcond.trace_spec(apply_fn, MATRICES, vector(4, 3).astype(np.float32))
+    assert spec.num_neurons == 4
+    assert np.isfinite(pathcond.conditioning_score(MATRICES, spec))
