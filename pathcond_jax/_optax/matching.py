@@ -111,8 +111,9 @@ def _handed_over(
     given = {}
     for position in sorted(lacking):
         path = spec.leaves[position].path
-        found = [entry for entry in flat if "/".join(entry[:2]).rstrip("/") == path]
-        found = found or [entry for entry in flat if entry[1] and path.endswith(f"/{entry[1]}")]
+        ends = [entry for entry in flat if _is_end(entry[1], path) or "/".join(entry[:2]) == path]
+        longest = max((len(end) for _, end, _ in ends), default=0)
+        found = [entry for entry in ends if len(entry[1]) == longest]
         if len(found) > 1:
             one, two = (f"{keyword}={end!r}" for keyword, end, _ in found[:2])
             raise SpecError(f"{name}: {path!r} could be {one} or {two}; give it once")
@@ -120,6 +121,10 @@ def _handed_over(
             check_leaf(spec.leaves[position], value, f"{keyword}={end!r}")
             given[position] = value
     return given
+
+
+def _is_end(end: str, path: str) -> bool:
+    return bool(end) and f"/{path}".endswith(f"/{end}")
 
 
 def _reads(function: Callable[[PyTree], Any], spec: ArchSpec, positions: tuple[int, ...]) -> bool:

@@ -92,9 +92,10 @@ class Rule:
 
     def init(self) -> ReconditionState:
         """The state before the first update."""
-        zero = jnp.zeros((), jnp.int32)
+        # Each a buffer of its own: jax.jit donates no buffer twice.
+        num_updates, status, num_altered = (jnp.zeros((), jnp.int32) for _ in range(3))
         announced = jnp.zeros((sum(map(_num_remembered, self._rescaled.values())),), self._dtype)
-        return ReconditionState(zero, self._no_scales(), zero, announced, zero)
+        return ReconditionState(num_updates, self._no_scales(), status, announced, num_altered)
 
     def check_init(self, params: PyTree) -> None:
         """Raises SpecError if the optimizer cannot be used for ``params``."""

@@ -423,3 +423,145 @@ def test_more_bad_arguments():
     )
     with pytest.raises(pathcond.SpecError, match=r"no neuron to rescale.*tanh"):
         pathcond.recondition(tanh, every=2)
+
+
+def altered(optimizer, number=2):
+    """The state after some updates under jit, from SMALL, and where the last one led."""
+    step, params, state = stepper(optimizer), SMALL, optimizer.init(SMALL)
+    for _ in range(number):
+        before = params
+        params, state, _ = step(small_gradient(params), state, params)
+    return state, before, params
+
+
+def small_error(one, two):
+    def outputs(params):
+        hidden = jax.nn.relu(X_SMALL @ params["one"]["kernel"] + params["one"]["bias"][None])
+        return hidden @ params["two"]["kernel"] + params["two"]["bias"][None]
+
+    before, after = outputs(one), outputs(two)
+    return float(jnp.abs(after - before).max() / jnp.abs(before).max())
+
+
+def test_an_element_after_it_is_noticed():
+    """The wrong order changes the function; the next call says so, and warns outside of jit."""
+    element = functools.partial(pathcond.recondition, SMALL_SPEC, every=1, method="block")
+    wrong = optax.chain(element(), optax.sgd(1.0))
+    state, params = wrong.init(SMALL), SMALL
+    zeros = jax.tree.map(jnp.zeros_like, SMALL)
+    updates, state = wrong.update(zeros, state, params)
+    params = optax.apply_updates(params, updates)
+    assert small_error(SMALL, params) > 0.1
+    assert int(state[0].num_altered) == 0
+    with pytest.warns(UserWarning, match=r"recondition must be the last element of the chain"):
+        _, state = wrong.update(zeros, state, params)
+    assert int(state[0].num_altered) == 1
+
+    for rate, expected in ((1.0, 3), (-0.999, 3), (-1.0, 0)):
+        state, *_ = altered(optax.chain(element(), optax.scale(-1.0), optax.scale(rate)), 4)
+        assert int(state[0].num_altered) == expected
+    right = optax.chain(optax.sgd(0.05), element())
+    state, *_ = altered(right, 4)
+    assert int(state[1].num_altered) == 0
+
+
+def test_a_wrapper_inside_of_a_chain_is_noticed():
+    inner = pathcond.reconditioned(optax.sgd(0.05), SMALL_SPEC, every=2, method="block")
+    state, *_ = altered(optax.chain(inner, optax.scale(0.5)), 3)
+    assert int(state[0].recondition.num_altered) == 1
+    # Where no update was due nothing is announced, and parameters may change as they like.
+    params, state = SMALL, inner.init(SMALL)
+    _, state = inner.update(small_gradient(params), state, params)
+    doubled = jax.tree.map(lambda p: 2 * p, params)
+    _, state = inner.update(small_gradient(params), state, doubled)
+    assert int(state.recondition.num_altered) == 0
+    with pytest.warns(UserWarning, match=r"wrap the whole chain.*reconditioned\(optax\.chain"):
+        inner.update(small_gradient(params), state, doubled)
+
+
+def test_altered_updates_of_low_precision():
+    """What is announced is what bfloat16 can hold, and no rounding is reported."""
+    low = draw(dtype=jnp.bfloat16)
+    spec = pathcond.chain_spec(low, NAMES)
+    element = pathcond.recondition(spec, every=1, rounding="power_of_two")
+    optimizer = optax.chain(optax.sgd(0.1), element)
+    step, state = stepper(optimizer), optimizer.init(low)
+    for _ in range(4):
+        low, state, _ = step(jax.tree.map(lambda p: (0.1 * p).astype(p.dtype), low), state, low)
+    assert int(state[1].num_altered) == 0
+
+
+WHOLE = {"params": SMALL, "stats": {"one": {"scale": jnp.ones(SIZES[2])}}}
+
+
+def scaled(variables, x):
+    params, scale = variables["params"], variables["stats"]["one"]["scale"]
+    hidden = (x @ params["one"]["kernel"]) * scale[None] + params["one"]["bias"][None]
+    return jax.nn.relu(hidden) @ params["two"]["kernel"] + params["two"]["bias"][None]
+
+
+WHOLE_SPEC = pathcond.trace_spec(scaled, WHOLE, X_SMALL)
+
+
+def test_the_contents_of_params_with_current_statistics():
+    """Path-SGD and conditioning of params alone are those of the whole tree."""
+    stats = {"one": {"scale": jnp.linspace(0.5, 2.0, SIZES[2])}}
+    whole = {"params": SMALL, "stats": stats}
+    grads = small_gradient(SMALL)
+    gram = pathcond.gram_diagonal(whole, WHOLE_SPEC)["params"]
+    element = pathcond.scale_by_path(WHOLE_SPEC)
+    updates, _ = element.update(grads, element.init(SMALL), SMALL, stats=stats)
+    chex.assert_trees_all_close(updates, jax.tree.map(jnp.divide, grads, gram), rtol=1e-5)
+    known, _ = element.update(grads, element.init(SMALL), SMALL, gram_diagonal=gram)
+    chex.assert_trees_all_close(known, updates, rtol=1e-5)
+    with pytest.raises(pathcond.SpecError, match=r"scale_by_path reads .*/scale'.*stats="):
+        element.update(grads, element.init(SMALL), SMALL)
+
+    inner = optax.chain(pathcond.scale_by_path(WHOLE_SPEC, every=2), optax.sgd(0.01, momentum=0.9))
+    optimizer = pathcond.reconditioned(inner, WHOLE_SPEC, every=1, method="block")
+    state = optimizer.init(SMALL)
+    updates, state = jax.jit(optimizer.update)(grads, state, SMALL, stats=stats)
+    plain, _ = inner.update(grads, inner.init(SMALL), SMALL, stats=stats)
+    there = optax.apply_updates(SMALL, plain)
+    expected, solution = pathcond.condition(
+        {"params": there, "stats": stats}, WHOLE_SPEC, method="block"
+    )
+    after = optax.apply_updates(SMALL, updates)
+    chex.assert_trees_all_close(after, expected["params"], rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(state.recondition.log_scales, solution.log_scales, atol=1e-5)
+    trace = {"params": state.inner_state[1][0].trace, "stats": stats}
+    assert jax.tree.structure(trace) == jax.tree.structure(whole)
+
+
+def test_trees_of_other_places_are_refused():
+    optimizer = pathcond.reconditioned(optax.sgd(0.1), WHOLE_SPEC, every=1)
+    with pytest.raises(pathcond.SpecError, match=r"another structure.*unexpected 'params/three'"):
+        optimizer.init({**SMALL, "three": jnp.ones(3)})
+    with pytest.raises(pathcond.SpecError, match="'bias' could be 'params/one/bias' or "):
+        optimizer.init(SMALL["one"])
+    with pytest.raises(pathcond.SpecError, match=r"params lacks 'params/two/kernel'.*group 'one'"):
+        optimizer.init({"one": SMALL["one"]})
+    fewer = {**SMALL, "two": {"kernel": SMALL["two"]["kernel"]}}
+    element = pathcond.recondition(WHOLE_SPEC, every=1)
+    with pytest.raises(pathcond.SpecError, match="only one of them has 'params/two/bias'"):
+        element.update(fewer, element.init(SMALL), SMALL, stats=WHOLE["stats"])
+    wrapped = pathcond.reconditioned(optax.sgd(0.1), SMALL_SPEC, every=1, method="block")
+    state = wrapped.init({"model": SMALL})
+    updates, _ = wrapped.update({"model": SMALL}, state, {"model": SMALL})
+    assert jax.tree.structure(updates) == jax.tree.structure({"model": SMALL})
+
+
+def test_an_optimizer_that_is_made_anew_goes_on():
+    """Rebuilt in the middle, with the old state or with a new one, and with a foreign one."""
+    make = functools.partial(pathcond.reconditioned, optax.sgd(0.05, momentum=0.9))
+    old, new = (make(SMALL_SPEC, every=2, method="block") for _ in range(2))
+    state, _, params = altered(old, 3)
+    grads = small_gradient(params)
+    chex.assert_trees_all_equal(old.update(grads, state, params), new.update(grads, state, params))
+    _, fresh = new.update(grads, new.init(params), params)
+    assert int(fresh.recondition.num_updates) == 1
+    assert int(fresh.recondition.num_altered) == 0
+    foreign = pathcond.reconditioned(optax.sgd(0.05, momentum=0.9), SPEC, every=2).init(PARAMS)
+    message = r"state is of another spec.* shapes \[\(5,\), \(4,\)\] instead of \[\(4,\)\]"
+    with pytest.raises(pathcond.SpecError, match=message):
+        new.update(grads, foreign, params)
