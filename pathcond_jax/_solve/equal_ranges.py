@@ -54,6 +54,11 @@ def make(ranges: Ranges, spec: ArchSpec, limit: jax.Array) -> RangeProblem:
     return RangeProblem(stacks.equilibrate(parts, finite), given, alpha, box)
 
 
+def largest_gap(problem: RangeProblem, table: Table, z: jax.Array) -> jax.Array:
+    """How far the ranges of any neuron are from agreeing."""
+    return jnp.abs(problem.gaps(table, z)).max()
+
+
 def fixed_point(
     problem: RangeProblem, spec: ArchSpec, z: jax.Array, max_steps: jax.Array, tol: jax.Array
 ) -> Run:

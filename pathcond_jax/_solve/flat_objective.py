@@ -198,6 +198,15 @@ def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
     return Sums(total, *stacks.collect_log(table, logs - total), logs - total)
 
 
+def value(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
+    """F alone, which takes half the products."""
+    found = smooth_part(problem, table, z) - jnp.dot(problem.linear, z)
+    shifts = stacks.spread(table, z)
+    for w, s, masses in zip(problem.weights, problem.exponents, problem.masses, strict=True):
+        found = found + w * stacks.log_total(masses, table, masses.logs + s * shifts)
+    return found if problem.concave is None else found - value(problem.concave, table, z)
+
+
 def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """F and its gradient."""
     value, gradient = jax.value_and_grad(lambda z: smooth_part(problem, table, z))(z)

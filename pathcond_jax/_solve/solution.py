@@ -71,6 +71,8 @@ class Solution(NamedTuple):
       num_steps: Newton steps, or sweeps.
       num_products: passes over the masses, each at most two matrix-vector products per block.
       status: a :class:`Status` code, int32.
+      objective_before: F(0), of the parameters as they are. For the path criterion,
+        (F(z) − F(0)) / p is the change of the conditioning score.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,7 +81,7 @@ class Solution(NamedTuple):
       >>> spec = pathcond.chain_spec(params, ["a", "b"])
       >>> print(pathcond.condition(params, spec)[1])
       CONVERGED: the tolerance is met (1 step)
-      objective 16.636, at most 4.8e-07 above the minimum
+      objective 19.651 → 16.636, at most 4.8e-07 above the minimum
       group  size  largest |log-scale|
       0      2     0.693
     """
@@ -91,13 +93,16 @@ class Solution(NamedTuple):
     num_steps: jax.Array
     num_products: jax.Array
     status: jax.Array
+    objective_before: jax.Array
 
     def __str__(self) -> str:
         known = all(map(_is_known, jax.tree.leaves(self, is_leaf=lambda leaf: leaf is None)))
         return _table(self) if known else repr(jax.tree.map(_shown, self))
 
 
-def solution_of(run: Run, box: Box, sizes: tuple[int, ...], if_clipped: jax.Array) -> Solution:
+def solution_of(
+    run: Run, box: Box, sizes: tuple[int, ...], if_clipped: jax.Array, before: jax.Array
+) -> Solution:
     """What every solver returns, from where it stopped.
 
     Args:
@@ -105,6 +110,7 @@ def solution_of(run: Run, box: Box, sizes: tuple[int, ...], if_clipped: jax.Arra
       box: what its log-scales are bound to.
       sizes: the size of each group.
       if_clipped: the status of a run that converged with log-scales at the faces of the box.
+      before: F(0).
 
     Returns:
       The solution: log-scales 0 and NaN where the input was not finite.
@@ -123,6 +129,7 @@ def solution_of(run: Run, box: Box, sizes: tuple[int, ...], if_clipped: jax.Arra
         num_steps=run.num_steps,
         num_products=run.num_products,
         status=status.astype(jnp.int32),
+        objective_before=before + known,
     )
 
 
@@ -179,7 +186,7 @@ def _ending(found: Solution) -> list[str]:
     above = f", at most {bound:.2g} above the minimum" if np.isfinite(bound) else ""
     return [
         f"{_name(int(found.status), sentence=True)} ({steps} step{'s' * (steps != 1)})",
-        f"objective {float(found.objective):.5g}{above}",
+        f"objective {float(found.objective_before):.5g} → {float(found.objective):.5g}{above}",
     ]
 
 

@@ -13,12 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._solve import block, coordinate, difference, equal_ranges, flat_objective, newton
+from pathcond_jax._solve import (
+    block,
+    coordinate,
+    difference,
+    equal_ranges,
+    flat_objective,
+    newton,
+    stacks,
+)
 from pathcond_jax._solve.equal_ranges import RangeProblem
 from pathcond_jax._solve.flat_objective import Minimize, Problem
 from pathcond_jax._solve.layout import layout
 from pathcond_jax._solve.objective import Goal, Objective, Ranges, path_objective
 from pathcond_jax._solve.solution import Solution, Status, log_scales_of, solution_of
+from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.log_scales import LogScales, concatenated
@@ -39,6 +48,7 @@ class Method(NamedTuple):
     Attributes:
       goal: the type of what it reaches.
       prepare: from a goal, the spec and the limit of the box to the problem that ``run`` gets.
+      value: from a problem, the table of stacks and z to what the solution's objective is there.
       run: ``run(problem, spec, z, max_steps, tol) -> Run``, z inside the box.
       max_steps: steps or sweeps.
       tol: the tolerance for each bit width of the dtype.
@@ -48,6 +58,7 @@ class Method(NamedTuple):
 
     goal: type
     prepare: Callable[[Any, ArchSpec, jax.Array], Problem | RangeProblem]
+    value: Callable[[Any, Table, jax.Array], jax.Array]
     run: Minimize
     max_steps: int
     tol: dict[int, float]
@@ -55,7 +66,7 @@ class Method(NamedTuple):
     one_term: bool = False
 
 
-_minimizer = functools.partial(Method, Objective, flat_objective.make)
+_minimizer = functools.partial(Method, Objective, flat_objective.make, flat_objective.value)
 
 # The first method of a goal is its default.
 METHODS = {
@@ -65,6 +76,7 @@ METHODS = {
     "fixed_point": Method(
         Ranges,
         equal_ranges.make,
+        equal_ranges.largest_gap,
         equal_ranges.fixed_point,
         1000,
         {32: 1e-5, 64: 1e-10},
@@ -228,6 +240,7 @@ def _solve(
     problem = chosen.prepare(goal, spec, jnp.asarray(limit))
     dtype = problem.box.limit.dtype
     z = jnp.zeros((spec.num_neurons,), dtype)
+    before = chosen.value(problem, stacks.table(spec), z)
     if initial is not None:
         z = problem.box.start(concatenated(initial, dtype))
     run = chosen.run
@@ -237,4 +250,4 @@ def _solve(
     tol = jnp.asarray(tols[jnp.finfo(dtype).bits]).astype(dtype)
     found = run(problem, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
     if_clipped = jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED)
-    return solution_of(found, problem.box, layout(spec).sizes, if_clipped)
+    return solution_of(found, problem.box, layout(spec).sizes, if_clipped, before)

@@ -17,6 +17,7 @@ def solved(status=0, sizes=(3, 2), **fields):
             jnp.linspace(-1.0, 0.5, size) * (k + 1) for k, size in enumerate(sizes)
         ),
         "objective": jnp.float32(12.5),
+        "objective_before": jnp.float32(20),
         "gradient_norm": jnp.float32(1e-6),
         "suboptimality": jnp.float32(1e-4),
         "num_steps": jnp.int32(7),
@@ -36,7 +37,7 @@ def test_every_status_has_a_sentence(status):
 def test_the_table():
     assert str(solved()).splitlines() == [
         "CONVERGED: the tolerance is met (7 steps)",
-        "objective 12.5, at most 0.0001 above the minimum",
+        "objective 20 → 12.5, at most 0.0001 above the minimum",
         "group  size  largest |log-scale|",
         "0      3     1",
         "1      2     2",
@@ -91,6 +92,29 @@ def test_numpy_arrays_are_shown():
 
 def test_a_solution_is_a_pytree_of_arrays():
     leaves = jax.tree.leaves(solved())
-    assert len(leaves) == 8
+    assert len(leaves) == 9
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     assert repr(solved()).startswith("Solution(log_scales=(Array(")
+
+
+@pytest.mark.parametrize("criterion", ["path", "enorm", "equalize"])
+def test_the_objective_before_is_that_of_the_parameters_as_they_are(criterion):
+    rng = np.random.default_rng(0)
+    params = {name: {"w": jnp.asarray(rng.normal(size=(3, 3)), "float32")} for name in "abc"}
+    spec = pathcond.chain_spec(params, ["a", "b", "c"])
+    moved, first = pathcond.condition(params, spec, criterion)
+    _, again = pathcond.condition(moved, spec, criterion)
+
+    np.testing.assert_allclose(again.objective_before, first.objective, rtol=1e-3, atol=1e-4)
+    assert first.objective_before > first.objective
+
+
+def test_the_objective_falls_by_the_score():
+    rng = np.random.default_rng(0)
+    params = {name: {"w": jnp.asarray(rng.normal(size=(3, 3)), "float32")} for name in "abc"}
+    spec = pathcond.chain_spec(params, ["a", "b", "c"])
+    moved, solution = pathcond.condition(params, spec)
+
+    fall = (solution.objective_before - solution.objective) / spec.num_parameters
+    score = [pathcond.conditioning_score(tree, spec) for tree in (params, moved)]
+    np.testing.assert_allclose(fall, score[0] - score[1], rtol=1e-4)
