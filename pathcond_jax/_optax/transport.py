@@ -78,6 +78,10 @@ class _History(NamedTuple):
     scaled: np.ndarray
     log_factor: np.ndarray
 
+    def from_step(self, first: int, last: int | None = None) -> "_History":
+        """A part of the steps; the state after init is step 0."""
+        return _History(self.base[first:last], self.scaled[first:last], self.log_factor)
+
 
 def parameter_shapes(spec: ArchSpec) -> PyTree:
     """The parameter tree with a ``jax.ShapeDtypeStruct`` for each array."""
@@ -145,8 +149,7 @@ def find_buffers(
     found = _find(inner, spec, params)
     given = _given_degrees(found, spec, degrees or {})
     asked = [buffer for buffer in found if buffer.path not in given]
-    extra = {"value": 1.0, **(probe_args or {})}
-    measured = _measure(inner, spec, params, asked, extra) if asked else {}
+    measured = _measure(inner, spec, params, asked, dict(probe_args or {})) if asked else {}
     refused = {b.name: m for b in asked if isinstance(m := measured[b.path], _Refusal)}
     if refused:
         listed = "; ".join(f"{name!r} {refusal.reason}" for name, refusal in refused.items())
@@ -289,7 +292,7 @@ def _verdict(buffer: _Found, probe: "_Probe") -> int | _Refusal | None:
     if degree is not None:
         return degree
     # A copy of the parameters that updates move, such as an average of them.
-    start = _History(history.base[:1], history.scaled[:1], history.log_factor)
+    start = history.from_step(0, 1)
     still = probe.history(buffer, 0.0)
     if history.base[0].any() and _degree(start) == 1 and still is not None and _degree(still) == 1:
         return 1
@@ -299,7 +302,8 @@ def _verdict(buffer: _Found, probe: "_Probe") -> int | _Refusal | None:
 def _mixed(buffer: _Found, probe: "_Probe") -> _Refusal:
     """Why no power of the scale describes how a buffer follows the parameters."""
     tiny, large = (
-        None if history is None else _degree(history)
+        # Without the initial value, which may be what is of a fixed size.
+        None if history is None else _degree(history.from_step(1))
         for history in (probe.history(buffer, size) for size in (_TINY, _LARGE))
     )
     if tiny is None or large is None or tiny == large:
@@ -350,8 +354,7 @@ class _Probe:
         drawn = _stand_ins(structs, num_steps)
         self._params, self._grads, self._factors = drawn
         self._place = {k: place for place, k in enumerate(held(spec, params, "params"))}
-        self._run = jax.jit(functools.partial(_run, optax.with_extra_args_support(inner), extra))
-        self._compiled: Callable[..., Any] | None = None
+        self._inner, self._extra = optax.with_extra_args_support(inner), extra
         self._states = functools.cache(self._both)
 
     def history(self, buffer: _Found, size: float = _USUAL) -> _History | None:
@@ -363,6 +366,31 @@ class _Probe:
         if buffer.fits and buffer.leaf is not None:
             log_factor = np.log2(self._factors[self._place[buffer.leaf]].astype(np.float64))
         return _History(base[buffer.path], scaled[buffer.path], log_factor)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[PyTree, PyTree], PyTree]:
+        """All steps as one program."""
+        shapes = [
+            jax.tree.unflatten(
+                self._treedef, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in part]
+            )
+            for part in (self._params, self._grads)
+        ]
+        # Some optimizers need a loss, and some, such as SAM, take no argument that is not theirs.
+        errors = []
+        for arguments in (_usual_arguments, lambda _: {}):
+            run = jax.jit(functools.partial(_run, self._inner, arguments, self._extra))
+            try:
+                with _lenient():
+                    # Compiled ahead, it gives concrete values also inside of a trace.
+                    return run.lower(*shapes).compile()
+            except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+                errors.append(error)
+        raise SpecError(
+            "the optimizer cannot be run on small parameters to measure how its state follows them "
+            f'({type(errors[0]).__name__}: {errors[0]}). Use state="reset" or state="keep", give '
+            "degrees= for every buffer, or probe_args= for the extra arguments of its update"
+        ) from errors[0]
 
     def _both(self, size: float) -> tuple[Arrays, Arrays]:
         # Clipping by a global norm is not to be met in a network of many parameters either.
@@ -377,18 +405,8 @@ class _Probe:
         grads = tree(
             [(g * size / f).astype(g.dtype) for g, f in zip(self._grads, factors, strict=True)]
         )
-        try:
-            with _lenient():
-                # Compiled ahead, it gives concrete values also inside of a trace.
-                if self._compiled is None:
-                    self._compiled = self._run.lower(params, grads).compile()
-                flat = jax.tree_util.tree_flatten_with_path(self._compiled(params, grads))[0]
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-            raise SpecError(
-                "the optimizer cannot be run on small parameters to measure how its state follows "
-                f'them ({type(error).__name__}: {error}). Use state="reset" or state="keep", give '
-                "degrees= for every buffer, or probe_args= for the extra arguments of its update"
-            ) from error
+        with _lenient():
+            flat = jax.tree_util.tree_flatten_with_path(self._compiled(params, grads))[0]
         return {
             _plain(path): np.asarray(value, np.float64)
             for path, value in flat
@@ -415,8 +433,19 @@ def _stand_ins(structs: list[Any], num_steps: int) -> tuple[list[np.ndarray], ..
     return tuple(map(list, zip(*drawn, strict=True)))
 
 
+def _usual_arguments(params: PyTree) -> dict[str, Any]:
+    """What an optimizer may ask for beside gradients and parameters."""
+
+    # For scale_by_path: what a network would have in which every path has the norm 1.
+    def gram(p: jax.Array) -> jax.Array:
+        return 1 / jnp.square(p.astype(compute_dtype(p.dtype)))
+
+    return {"value": jnp.ones(()), "gram_diagonal": jax.tree.map(gram, params)}
+
+
 def _run(
     inner: optax.GradientTransformationExtraArgs,
+    arguments: Callable[[PyTree], dict[str, Any]],
     extra: dict[str, Any],
     params: PyTree,
     grads: PyTree,
@@ -430,10 +459,10 @@ def _run(
 
     def step(state: PyTree, now: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         w, g = now
-        # For scale_by_path: what a network would have in which every path has the norm 1.
-        gram = jax.tree.map(lambda p: 1 / jnp.square(p.astype(compute_dtype(p.dtype))), w)
-        w = optax.LookaheadParams(w, w) if looks_ahead else w
-        _, state = inner.update(g, state, w, **{"gram_diagonal": gram, **extra})
+        given = {**arguments(w), **extra}
+        _, state = inner.update(
+            g, state, optax.LookaheadParams(w, w) if looks_ahead else w, **given
+        )
         return state, state
 
     _, states = lax.scan(step, state, (params, grads))
