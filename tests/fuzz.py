@@ -115,6 +115,9 @@ def _traced(recipe, outcome):
         return
     outcome.refused = False
     outcome.neurons = outcome.subject.spec.num_neurons
+    if outcome.subject.warnings:
+        first = outcome.subject.warnings[0]
+        return fuzz_checks.Failure(f"rule failed: {first.split()[0]}", first[:300])
 
 
 def _counted(outcome, rng):
@@ -241,7 +244,9 @@ class Report:
 
     def summary(self, seconds):
         """The figures."""
-        total = [sum(column) for column in zip(*self.dimensions, strict=True)] or [0] * 4
+        total = [sum(column) for column in zip(*(d[:4] for d in self.dimensions), strict=True)]
+        total = total or [0] * 4
+        blamed = Counter(name for d in self.dimensions for name in d.operations)
         wrong, foreign = (sum(map(len, d.values())) for d in (self.wrong(), self.foreign()))
         parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in self.seconds.items())
         return "\n".join(
@@ -252,6 +257,7 @@ class Report:
                 f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} to "
                 f"another power, {total[2]} one-sided, {total[3]} missed in {len(self.misses)} "
                 f"programs; mean found/(found + missed) {self.completeness():.4f}",
+                f"misses by pinning operation: {dict(blamed.most_common())}",
             ]
         )
 
