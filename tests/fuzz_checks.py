@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 import pathcond_jax as pathcond
+from pathcond_jax._program import kinds, primitives
+from pathcond_jax._symmetry.values import RULES
 
 # Scales that all roots and powers leave powers of two, so that nothing is rounded.
 _EXACT = np.log(64.0)
@@ -35,6 +37,7 @@ class Dimensions(NamedTuple):
       one_sided: directions in which entries only grow.
       missed: the other directions that the spec lacks.
       operations: those that pin what moves in these, by name.
+      supported: whether all operations of the program have a rule, or no scale to pass.
     """
 
     found: int
@@ -42,6 +45,7 @@ class Dimensions(NamedTuple):
     one_sided: int
     missed: int
     operations: tuple[str, ...] = ()
+    supported: bool = True
 
 
 class Subject:
@@ -233,7 +237,7 @@ _EXPLAINED = (pathcond.SpecError, pathcond.NotPathLiftableError, OverflowError)
 
 def check_lifting(subject, rng, thorough):
     """A failure of path norms, Gram diagonals or ``rescale``, else None."""
-    params, x, n = subject.program.draw(rng, 1)
+    params, *_ = subject.program.draw(rng, 1)
     scales = rng.normal(size=(1, subject.spec.num_neurons))
     factors = scales @ subject.directions.T
     one = {name: value[0] for name, value in params.items()}
@@ -396,7 +400,15 @@ def count_dimensions(subject, rng):
         else:
             counts["missed"] += 1
             operations |= _pinning(subject, live[abs(direction) > 1e-6])
-    return Dimensions(int(rank), **counts, operations=tuple(sorted(operations)))
+    return Dimensions(
+        int(rank), **counts, operations=tuple(sorted(operations)), supported=_is_supported(subject)
+    )
+
+
+def _is_supported(subject):
+    known = {p.name for p in (*RULES, *primitives.calls())}
+    unscaled = {*kinds.ELEMENTWISE, *kinds.BITS, *kinds.RANDOM, "debug_callback", "debug_print"}
+    return subject.primitives <= known | unscaled
 
 
 def _pinning(subject, entries):

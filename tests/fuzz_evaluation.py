@@ -90,7 +90,7 @@ def _apply(eqn, values):
     if any(isinstance(value, Reference) for value in values):
         raise CannotEvaluateError(name)
     rule = RULES.get(name)
-    if rule is not None:
+    if rule is not None and not any(map(_is_key, values)):
         result = rule(eqn, *values)
         if result is not None:
             return [np.asarray(result, dtype=eqn.outvars[0].aval.dtype)]
@@ -421,7 +421,10 @@ def _pad(eqn, value, fill):
         slice(max(low, 0), max(low, 0) + n, gap + 1) for n, (low, _, gap) in zip(inner, config)
     ]
     result[(slice(None), *place)] = value
-    keep = [slice(max(-low, 0), n - max(-high, 0)) for n, (low, high, _) in zip(wide, config)]
+    keep = [
+        slice(max(-low, 0), n - max(-high, 0))
+        for n, (low, high, _) in zip(wide, config, strict=True)
+    ]
     return result[(slice(None), *keep)]
 
 

@@ -71,7 +71,9 @@ def test_a_wrong_symmetry_is_found_and_shrunk(monkeypatch):
     wrong = np.array([[1.0], *[[0.0]] * 200])
     honest = fuzz.fuzz_checks.directions
     monkeypatch.setattr(
-        fuzz.fuzz_checks, "directions", lambda spec: wrong[: len(honest(spec))] + 0 * honest(spec)[:, :1]
+        fuzz.fuzz_checks,
+        "directions",
+        lambda spec: wrong[: len(honest(spec))] + 0 * honest(spec)[:, :1],
     )
     recipe = next(r for r in map(fuzz.random_recipe, range(100)) if len(r.steps) > 4)
 
