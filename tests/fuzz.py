@@ -7,17 +7,12 @@ program is shrunk and printed with the line that makes it again.
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-
-sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import fuzz_checks
 import fuzz_evaluation
@@ -115,6 +110,9 @@ def _traced(recipe, outcome):
         return
     outcome.refused = False
     outcome.neurons = outcome.subject.spec.num_neurons
+    if outcome.subject.warnings:
+        first = outcome.subject.warnings[0]
+        return fuzz_checks.Failure(f"rule failed: {first.split()[0]}", first[:300])
 
 
 def _counted(outcome, rng):
@@ -234,14 +232,24 @@ class Report:
         """The exceptions."""
         return {kind: v for kind, v in self.failures.items() if "exception" in kind}
 
-    def completeness(self):
-        """Mean of found / (found + missed) over programs with something to find."""
-        ratios = [d.found / (d.found + d.missed) for d in self.dimensions if d.found + d.missed]
+    def completeness(self, supported):
+        """Mean of found / (found + missed) over programs with something to find.
+
+        Args:
+          supported: count only programs of operations that have a rule, or no scale to pass.
+        """
+        ratios = [
+            d.found / (d.found + d.missed)
+            for d in self.dimensions
+            if d.found + d.missed and (d.supported or not supported)
+        ]
         return float(np.mean(ratios)) if ratios else 1.0
 
     def summary(self, seconds):
         """The figures."""
-        total = [sum(column) for column in zip(*self.dimensions, strict=True)] or [0] * 4
+        total = [sum(column) for column in zip(*(d[:4] for d in self.dimensions), strict=True)]
+        total = total or [0] * 4
+        blamed = Counter(name for d in self.dimensions for name in d.operations)
         wrong, foreign = (sum(map(len, d.values())) for d in (self.wrong(), self.foreign()))
         parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in self.seconds.items())
         return "\n".join(
@@ -251,7 +259,9 @@ class Report:
                 f"wrong: {wrong}; exceptions: {foreign}",
                 f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} to "
                 f"another power, {total[2]} one-sided, {total[3]} missed in {len(self.misses)} "
-                f"programs; mean found/(found + missed) {self.completeness():.4f}",
+                f"programs; mean found/(found + missed) {self.completeness(False):.4f}, of programs "
+                f"of supported operations {self.completeness(True):.4f}",
+                f"misses by pinning operation: {dict(blamed.most_common())}",
             ]
         )
 
@@ -281,8 +291,9 @@ def misses_by_operation(report, most=40):
         names = [name for name in program.steps if name not in ("dense", "dense_relu", "rectified")]
         key = " + ".join(sorted(set(names))) or "layers"
         blamed[key] += 1
-        if key not in examples or len(program.jaxpr().eqns) < examples[key][0]:
-            examples[key] = len(program.jaxpr().eqns), seed, small
+        length = len(program.jaxpr().eqns)
+        if key not in examples or length < examples[key][0]:
+            examples[key] = length, seed, small
     return blamed, examples
 
 
@@ -335,7 +346,10 @@ def main():
     parser.add_argument("--no-shrink", action="store_true")
     parser.add_argument("--coverage", action="store_true", help="list steps and primitives seen")
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
+    # What is compiled is small and runs a few times.
+    jax.config.update("jax_disable_most_optimizations", True)
     rates = Rates(arguments.lifting, arguments.thorough, arguments.dimensions)
     start = time.monotonic()
     seeds = range(arguments.seed, arguments.seed + arguments.count)

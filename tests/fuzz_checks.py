@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 import pathcond_jax as pathcond
+from pathcond_jax._program import kinds, primitives
+from pathcond_jax._symmetry.values import RULES
 
 # Scales that all roots and powers leave powers of two, so that nothing is rounded.
 _EXACT = np.log(64.0)
@@ -34,12 +36,16 @@ class Dimensions(NamedTuple):
       power: directions in which entries change by different powers.
       one_sided: directions in which entries only grow.
       missed: the other directions that the spec lacks.
+      operations: those that pin what moves in these, by name.
+      supported: whether all operations of the program have a rule, or no scale to pass.
     """
 
     found: int
     power: int
     one_sided: int
     missed: int
+    operations: tuple[str, ...] = ()
+    supported: bool = True
 
 
 class Subject:
@@ -54,7 +60,11 @@ class Subject:
         self.closed = program.jaxpr()
         self.primitives = fuzz_evaluation.primitives_of(self.closed)
         params, *inputs = program.abstract()
-        self.spec = pathcond.trace_spec(_named(program), params, *inputs, **_unchecked())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self.spec = pathcond.trace_spec(_named(program), params, *inputs, **_unchecked())
+        # A rule that fails pins and warns: sound, and yet to be mended.
+        self.warnings = [str(w.message) for w in said if w.category.__name__ == "RuleFailedWarning"]
         self.directions = directions(self.spec)
         self.names = sorted(program.shapes)
         self._compiled = None
@@ -70,12 +80,15 @@ class Subject:
 
     def outputs_in_jax(self, params, x, n):
         """The same, by JAX alone."""
-        if self._compiled is None:
-            self._compiled = jax.jit(lambda *arguments: self.program(*arguments))
-        rows = [
-            self._compiled({name: params[name][k] for name in self.names}, x[k], n[k])
-            for k in range(len(x))
+        self._compiled = self._compiled or jax.jit(lambda *arguments: self.program(*arguments))
+        samples = [
+            ({name: params[name][k] for name in self.names}, x[k], n[k]) for k in range(len(x))
         ]
+        try:
+            rows = [self._compiled(*sample) for sample in samples]
+        except (NotImplementedError, TypeError, ValueError):
+            # Some programs of references run, but cannot be compiled.
+            rows = [self.program(*sample) for sample in samples]
         columns = [np.stack([np.asarray(row[j]) for row in rows]) for j in range(len(rows[0]))]
         return _flat(columns, len(x))
 
@@ -224,7 +237,7 @@ _EXPLAINED = (pathcond.SpecError, pathcond.NotPathLiftableError, OverflowError)
 
 def check_lifting(subject, rng, thorough):
     """A failure of path norms, Gram diagonals or ``rescale``, else None."""
-    params, x, n = subject.program.draw(rng, 1)
+    params, *_ = subject.program.draw(rng, 1)
     scales = rng.normal(size=(1, subject.spec.num_neurons))
     factors = scales @ subject.directions.T
     one = {name: value[0] for name, value in params.items()}
@@ -370,6 +383,7 @@ def count_dimensions(subject, rng):
     found = subject.directions[live]
     rank = np.linalg.matrix_rank(found) if found.size else 0
     counts = {"power": 0, "one_sided": 0, "missed": 0}
+    operations = set()
     known = found
     for direction in _reduced_rows(null) if len(null) > rank else ():
         more = np.column_stack([known, direction])
@@ -385,7 +399,25 @@ def count_dimensions(subject, rng):
             counts["power"] += 1
         else:
             counts["missed"] += 1
-    return Dimensions(int(rank), **counts)
+            operations |= _pinning(subject, live[abs(direction) > 1e-6])
+    return Dimensions(
+        int(rank), **counts, operations=tuple(sorted(operations)), supported=_is_supported(subject)
+    )
+
+
+def _is_supported(subject):
+    known = {p.name for p in (*RULES, *primitives.calls())}
+    unscaled = {*kinds.ELEMENTWISE, *kinds.BITS, *kinds.RANDOM, "debug_callback", "debug_print"}
+    return subject.primitives <= known | unscaled
+
+
+def _pinning(subject, entries):
+    """The operations that ``spec.pinned`` names for the leaves of these entries."""
+    sizes = [leaf.size for leaf in subject.spec.leaves]
+    ends = np.cumsum(sizes)
+    moving = {subject.spec.leaves[k].path for k in np.searchsorted(ends, entries, side="right")}
+    pinned = [row for row in subject.spec.pinned if row.path in moving]
+    return {(row.operation or row.reason).split(" in ")[0] for row in pinned} or {"nothing pinned"}
 
 
 def _null_space(subject, rng):

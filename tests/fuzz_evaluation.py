@@ -51,9 +51,20 @@ def forget_compiled():
 
 
 def _one(value):
-    if jax.dtypes.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
-        raise CannotEvaluateError("random keys")
-    return np.asarray(value)[None]
+    return _host(value)[None]
+
+
+def _host(value):
+    """A numpy array, but for random keys, which only JAX holds."""
+    return value if _is_key(value) else np.asarray(value)
+
+
+def _is_key(value):
+    return jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.extended)
+
+
+def _joined(parts):
+    return jnp.concatenate(parts) if _is_key(parts[0]) else np.concatenate(parts)
 
 
 def _run(jaxpr, constants, arguments):
@@ -76,10 +87,10 @@ def _apply(eqn, values):
     if name in _CALLS and inner is not None:
         constants = [_one(c) for c in getattr(inner, "consts", ())]
         return _run(getattr(inner, "jaxpr", inner), constants, values)
-    if eqn.effects or any("Ref" in type(v.aval).__name__ for v in eqn.invars):
+    if any(isinstance(value, Reference) for value in values):
         raise CannotEvaluateError(name)
     rule = RULES.get(name)
-    if rule is not None:
+    if rule is not None and not any(map(_is_key, values)):
         result = rule(eqn, *values)
         if result is not None:
             return [np.asarray(result, dtype=eqn.outvars[0].aval.dtype)]
@@ -110,8 +121,6 @@ def _compiled(primitive, params, batched):
 
 
 def _in_jax(eqn, values):
-    if any(jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.extended) for v in eqn.outvars):
-        raise CannotEvaluateError(eqn.primitive.name)
     count = max((len(value) for value in values), default=1)
     batched = tuple(len(value) > 1 for value in values)
     try:
@@ -125,17 +134,17 @@ def _in_jax(eqn, values):
             for value, is_batched in zip(values, batched, strict=True)
         ]
         try:
-            chunks.append([np.asarray(result) for result in function(*part)])
+            chunks.append([_host(result) for result in function(*part)])
         except NotImplementedError:
             raise CannotEvaluateError(eqn.primitive.name) from None
     if not any(batched):
         return [result[None] for result in chunks[0]]
-    return [np.concatenate(parts)[:count] for parts in zip(*chunks, strict=True)]
+    return [_joined(parts)[:count] for parts in zip(*chunks, strict=True)]
 
 
 def _padded(value):
     missing = _CHUNK - len(value)
-    return np.concatenate([value, np.repeat(value[-1:], missing, 0)]) if missing else value
+    return _joined([value] + [value[-1:]] * missing) if missing else value
 
 
 # --- control flow ---------------------------------------------------------------------------------
@@ -151,7 +160,13 @@ def _taken(values, where):
     return [value[where] if len(value) > 1 else value for value in values]
 
 
+def _refuse_references(values):
+    if any(isinstance(value, Reference) for value in values):
+        raise CannotEvaluateError("a reference in a branch")
+
+
 def _cond(eqn, values):
+    _refuse_references(values)
     which, *operands = values
     branches = eqn.params["branches"]
     which = np.clip(which.astype(int), 0, len(branches) - 1)
@@ -169,6 +184,7 @@ def _cond(eqn, values):
 
 
 def _while(eqn, values):
+    _refuse_references(values)
     condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     carried = len(eqn.outvars)
     first = len(condition.jaxpr.invars) - carried
@@ -230,12 +246,81 @@ def _nothing(eqn, values):
     return []
 
 
+def _callback(eqn, values):
+    """A function on the host, elementwise as all of this fuzzer's are."""
+    return [np.asarray(result) for result in eqn.params["callback"](*values)]
+
+
+class Reference:
+    """A mutable array: the value that was written last, with its axis of samples."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def read(self, index):
+        return self.value[(slice(None), *index)]
+
+    def write(self, index, value):
+        count = max(len(self.value), len(value))
+        whole = np.broadcast_to(self.value, (count, *self.value.shape[1:])).copy()
+        whole[(slice(None), *index)] = value
+        self.value = whole
+
+
+def _new_reference(eqn, values):
+    return [Reference(values[0])]
+
+
+def _position(eqn, values):
+    """The static index of a ``get`` or a ``swap``."""
+    transforms = jax.tree.unflatten(eqn.params["tree"], values)
+    if not transforms:
+        return ()
+    if len(transforms) > 1 or not hasattr(transforms[0], "indices"):
+        raise CannotEvaluateError("a reference's transform")
+    return tuple(_static_index(index) for index in transforms[0].indices)
+
+
+def _static_index(index):
+    if hasattr(index, "size") and hasattr(index, "start"):
+        start = _static_index(index.start)
+        return slice(start, start + index.size * index.stride, index.stride)
+    index = np.asarray(index)
+    if index.size != 1:
+        raise CannotEvaluateError("an index of a reference that depends on the sample")
+    return int(index.reshape(()))
+
+
+def _get(eqn, values):
+    return [values[0].read(_position(eqn, values[1:]))]
+
+
+def _swap(eqn, values):
+    index = _position(eqn, values[2:])
+    before = values[0].read(index)
+    values[0].write(index, values[1])
+    return [before]
+
+
+def _add_to(eqn, values):
+    index = _position(eqn, values[2:])
+    values[0].write(index, values[0].read(index) + values[1])
+    return []
+
+
 CONTROL = {
     "cond": _cond,
     "while": _while,
     "scan": _scan,
     "debug_callback": _nothing,
     "debug_print": _nothing,
+    "pure_callback": _callback,
+    "io_callback": _callback,
+    **dict.fromkeys(("new_ref", "ref", "mutable_array", "array_ref"), _new_reference),
+    **dict.fromkeys(("freeze", "freeze_p"), lambda eqn, values: [values[0].value]),
+    "get": _get,
+    "swap": _swap,
+    "addupdate": _add_to,
 }
 
 
@@ -336,7 +421,10 @@ def _pad(eqn, value, fill):
         slice(max(low, 0), max(low, 0) + n, gap + 1) for n, (low, _, gap) in zip(inner, config)
     ]
     result[(slice(None), *place)] = value
-    keep = [slice(max(-low, 0), n - max(-high, 0)) for n, (low, high, _) in zip(wide, config)]
+    keep = [
+        slice(max(-low, 0), n - max(-high, 0))
+        for n, (low, high, _) in zip(wide, config, strict=True)
+    ]
     return result[(slice(None), *keep)]
 
 
