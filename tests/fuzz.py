@@ -166,7 +166,9 @@ def shrunk(recipe, still_fails, budget=_MAX_SHRINKS):
     return recipe
 
 
-def _fails_alike(kind, seed):
+def fails_alike(kind, seed):
+    """Whether a recipe fails in the same check."""
+
     def still_fails(recipe):
         outcome = examine(recipe, seed, Rates(1.0, float("paths" in kind or "lifted" in kind), 0.0))
         return outcome.failure is not None and outcome.failure.kind == kind
@@ -174,7 +176,9 @@ def _fails_alike(kind, seed):
     return still_fails
 
 
-def _misses_alike(seed):
+def misses_alike(seed):
+    """Whether a recipe misses neurons."""
+
     def still_misses(recipe):
         found = examine(recipe, seed, Rates(0.0, 0.0, 1.0)).dimensions
         return found is not None and found.missed > 0
@@ -252,15 +256,17 @@ class Report:
         blamed = Counter(name for d in self.dimensions for name in d.operations)
         wrong, foreign = (sum(map(len, d.values())) for d in (self.wrong(), self.foreign()))
         parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in self.seconds.items())
+        rate = self.programs / seconds
         return "\n".join(
             [
                 f"{self.programs} programs, {self.refused} without a spec, {self.with_neurons} with "
-                f"neurons; {seconds:.0f} s, {self.programs / seconds:.1f} a second ({parts})",
+                f"neurons; {seconds:.0f} s, {rate:.1f} a second ({parts})",
                 f"wrong: {wrong}; exceptions: {foreign}",
-                f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} to "
-                f"another power, {total[2]} one-sided, {total[3]} missed in {len(self.misses)} "
-                f"programs; mean found/(found + missed) {self.completeness(False):.4f}, of programs "
-                f"of supported operations {self.completeness(True):.4f}",
+                f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} "
+                f"to another power, {total[2]} one-sided, "
+                f"{total[3]} missed in {len(self.misses)} "
+                f"programs; mean found/(found + missed) {self.completeness(False):.4f}, of "
+                f"programs of supported operations {self.completeness(True):.4f}",
                 f"misses by pinning operation: {dict(blamed.most_common())}",
             ]
         )
@@ -286,7 +292,7 @@ def misses_by_operation(report, most=40):
     """Which steps the programs that miss neurons are left with once they are shrunk."""
     blamed, examples = Counter(), {}
     for seed, recipe, _ in report.misses[:most]:
-        small = shrunk(recipe, _misses_alike(seed), 60)
+        small = shrunk(recipe, misses_alike(seed), 60)
         program = Program(small)
         names = [name for name in program.steps if name not in ("dense", "dense_relu", "rectified")]
         key = " + ".join(sorted(set(names))) or "layers"
@@ -311,7 +317,7 @@ def distinct(kind, found, shrink):
         return shortest[:1]
     kept = {}
     for seed, recipe, detail in shortest[:_MAX_EXAMPLES]:
-        small = shrunk(recipe, _fails_alike(kind, seed))
+        small = shrunk(recipe, fails_alike(kind, seed))
         unusual = tuple(sorted({step.name for step in small.steps if step.name in UNUSUAL}))
         known = kept.get(unusual)
         if known is None or len(small.steps) < len(known[1].steps):

@@ -16,6 +16,8 @@ from pathcond_jax._symmetry.values import RULES
 # Scales that all roots and powers leave powers of two, so that nothing is rounded.
 _EXACT = np.log(64.0)
 _CHANGED = 1e-9
+# Parameters and inputs are of size one: outputs below this may have cancelled.
+_SMALL = 1e-6
 _STEP = 2e-5
 _RANK, _AMBIGUOUS = 1e-6, 1e-9
 _MAX_SAMPLES = 6000
@@ -206,7 +208,9 @@ def _largest_change(subject, rng, evaluate):
             small = subject.moved(params, scales @ subject.directions.T / 64)
             change = _change(before, evaluate(small, x, n))
         if change > _CHANGED and name != "powers of two":
-            change = 0.0 if change < _noise(subject, rng, params, x, n, evaluate) else change
+            moved = subject.moved(params, scales @ subject.directions.T)
+            noise = max(_noise(subject, rng, p, x, n, evaluate) for p in (params, moved))
+            change = 0.0 if change < noise else change
         if change > worst:
             worst, which = change, f" under scales of {name}"
     return worst, which
@@ -215,8 +219,8 @@ def _largest_change(subject, rng, evaluate):
 def _noise(subject, rng, params, x, n, evaluate):
     """What rounding may change: the outputs' response to changes in the last places."""
     before, worst = evaluate(params, x, n), 0.0
-    for _ in range(4):
-        logs = 1e-13 * rng.normal(size=(len(x), len(subject.directions)))
+    for _ in range(12):
+        logs = 1e-12 * rng.normal(size=(len(x), len(subject.directions)))
         worst = max(worst, _change(before, evaluate(subject.moved(params, logs), x, n)))
     return 1e3 * worst
 
@@ -224,7 +228,7 @@ def _noise(subject, rng, params, x, n, evaluate):
 def _change(before, after):
     """Relative to the largest output of the sample; only what was finite is compared."""
     finite = np.isfinite(before)
-    size = np.max(abs(before), axis=1, where=finite, initial=1e-100, keepdims=True)
+    size = np.max(abs(before), axis=1, where=finite, initial=_SMALL, keepdims=True)
     with np.errstate(all="ignore"):
         difference = np.where(finite, abs(after - before), 0.0) / size
     return np.inf if np.isnan(difference).any() else float(difference.max(initial=0.0))
@@ -268,7 +272,8 @@ def _norm_is_invariant(subject, one, two, order):
     before, after = (
         float(pathcond.path_norm(params, subject.spec, order, log=True)) for params in (one, two)
     )
-    if before == after or abs(before - after) < 1e-7:
+    # Of a network whose constants are not numbers, neither is the norm.
+    if before == after or abs(before - after) < 1e-7 or np.isnan([before, after]).all():
         return None
     return Failure(f"path norm {order}", f"log path norm {before:.6g} becomes {after:.6g}")
 
@@ -281,6 +286,8 @@ def _gram_follows(subject, one, two, log_factors):
         for p in (one, two)
     )
     expected = before * np.exp(-2 * log_factors)
+    if not np.isfinite(before).all():
+        return None
     if np.allclose(after, expected, rtol=1e-6, atol=1e-9 * expected.max(initial=0.0)):
         return None
     worst = np.argmax(abs(after - expected))
@@ -336,6 +343,10 @@ def _sums_agree(subject, one):
     """Path norms as the value of the network itself at |θ|^order and inputs of one."""
     if not subject.primitives <= _LINEAR or not _plain_constants(subject.closed):
         return None
+    # A function of parameters is one weight, not one per term.
+    inputs = [False] * len(subject.names) + [True, True]
+    if _adds_parameters(subject.closed.jaxpr, inputs)[0]:
+        return None
     shape = _lifted_input_shape(subject)
     if shape != subject.program.recipe.input_shape:
         return None
@@ -347,6 +358,37 @@ def _sums_agree(subject, one):
         if not np.isclose(norm, expected, rtol=1e-7):
             return Failure(f"path norm {order}", f"is {norm:.6g}, the network says {expected:.6g}")
     return None
+
+
+def _adds_parameters(jaxpr, depends):
+    """Whether parameters are added up before they meet a signal; which outputs are signals.
+
+    Args:
+      depends: per input, whether it is a signal.
+    """
+    signals = dict(zip(map(id, jaxpr.invars), depends, strict=True))
+    for eqn in jaxpr.eqns:
+        flags = [signals.get(id(v), False) for v in eqn.invars]
+        inner = next((v for v in eqn.params.values() if hasattr(v, "jaxpr")), None)
+        if inner is not None:
+            found, results = _adds_parameters(inner.jaxpr, flags)
+            if found:
+                return True, ()
+        else:
+            if not any(flags) and eqn.primitive.name not in _MOVES:
+                return True, ()
+            results = [any(flags)] * len(eqn.outvars)
+        signals.update(zip(map(id, eqn.outvars), results, strict=True))
+    return False, [signals.get(id(v), False) for v in jaxpr.outvars]
+
+
+# What may be done to a parameter, of which each entry remains a weight.
+_MOVES = frozenset(
+    {
+        *("broadcast_in_dim", "reshape", "transpose", "concatenate", "squeeze", "slice", "rev"),
+        *("split", "copy", "expand_dims", "stack", "unstack", "tile", "abs"),
+    }
+)
 
 
 def _lifted_input_shape(subject):

@@ -418,7 +418,8 @@ def _pad(eqn, value, fill):
     result = np.empty((count, *wide), value.dtype)
     result[...] = fill.reshape(-1, *(1,) * len(wide))
     place = [
-        slice(max(low, 0), max(low, 0) + n, gap + 1) for n, (low, _, gap) in zip(inner, config)
+        slice(max(low, 0), max(low, 0) + n, gap + 1)
+        for n, (low, _, gap) in zip(inner, config, strict=True)
     ]
     result[(slice(None), *place)] = value
     keep = [

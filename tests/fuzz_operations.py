@@ -766,7 +766,9 @@ def contraction(program, x, y, r):
             lambda: jnp.cross(x, y) if same and n == 3 else None,
             lambda: jnp.matmul(x, jnp.swapaxes(x, -1, -2)),
             lambda: jnp.tensordot(x, program.param(*x.shape, 2), x.ndim),
-            lambda: lax.ragged_dot(x, program.param(2, n, 2), np.array([1, x.shape[0] - 1], np.int32))
+            lambda: lax.ragged_dot(
+                x, program.param(2, n, 2), np.array([1, x.shape[0] - 1], np.int32)
+            )
             if x.ndim == 2 else None,
             lambda: lax.ragged_dot(
                 x, program.param(2, n, 2), jnp.stack([program.n, x.shape[0] - program.n])
@@ -1030,7 +1032,8 @@ def dense_of_function(program, x, y, r):
         lambda: lax.reshape(program.param(width, n), (n, width), dimensions=(1, 0)),
         lambda: kernel[::-1, ::-1], lambda: jnp.roll(kernel, 1, 0), lambda: kernel[:, :1],
         lambda: jnp.tile(program.param(n, 1), (1, 2)), lambda: jnp.repeat(kernel, 2, 1),
-        lambda: kernel.at[0].set(0.0), lambda: kernel.at[0].set(1.0), lambda: kernel.at[:, 0].add(gain[0]),
+        lambda: kernel.at[0].set(0.0), lambda: kernel.at[0].set(1.0),
+        lambda: kernel.at[:, 0].add(gain[0]),
         lambda: jnp.pad(kernel, ((0, 0), (0, 1))), lambda: jnp.clip(kernel, -1, 1),
         lambda: jnp.clip(kernel, 0, None), lambda: kernel - other, lambda: kernel * kernel.sum(),
         lambda: lax.fori_loop(0, 2, lambda _, w: w * 0.5, kernel),
@@ -1208,15 +1211,16 @@ def loop(program, x, y, r):
             lambda i, h: jnp.maximum(h, y),
         ]
     )
+    counted = functools.partial(
+        lax.while_loop, body_fun=lambda c: (c[0] + 1, body(c[0], c[1])), init_val=(0, x)
+    )
     return r.choice(
         [
             lambda: lax.fori_loop(0, steps, body, x),
             lambda: lax.fori_loop(0, program.n, body, x),
-            lambda: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, body(c[0], c[1])), (0, x))[1],
+            lambda: counted(lambda c: c[0] < 2)[1],
             lambda: lax.while_loop(lambda h: jnp.abs(h).max() > 1, lambda h: h / 2, x),
-            lambda: lax.while_loop(
-                lambda c: (c[0] < 3) & (c[1].sum() < 5), lambda c: (c[0] + 1, body(c[0], c[1])), (0, x)
-            )[1],
+            lambda: counted(lambda c: (c[0] < 3) & (c[1].sum() < 5))[1],
             lambda: lax.while_loop(
                 lambda c: c[0] < program.n, lambda c: (c[0] + 1, c[2], c[1]), (0, x, y)
             )[1],
