@@ -14,13 +14,12 @@ import traceback
 import warnings
 from collections import Counter
 
-import fuzz_checks
-import fuzz_evaluation
 import jax
 import jax.extend.core.primitives
 import numpy as np
-from fuzz_operations import UNUSUAL
-from fuzz_programs import Program, random_recipe
+from fuzzing import checks, evaluation
+from fuzzing.operations import UNUSUAL
+from fuzzing.programs import Program, random_recipe
 
 import pathcond_jax as pathcond
 
@@ -52,8 +51,8 @@ class Outcome:
       seconds: spent, by check.
     """
 
-    failure: fuzz_checks.Failure | None = None
-    dimensions: fuzz_checks.Dimensions | None = None
+    failure: checks.Failure | None = None
+    dimensions: checks.Dimensions | None = None
     neurons: int = 0
     steps: tuple[str, ...] = ()
     primitives: frozenset[str] = frozenset()
@@ -71,11 +70,11 @@ def examine(recipe, seed, rates=None):
         warnings.simplefilter("ignore")
         for name, check in (
             ("trace", lambda: _traced(recipe, outcome)),
-            ("symmetries", lambda: fuzz_checks.check_symmetries(outcome.subject, rng)),
+            ("symmetries", lambda: checks.check_symmetries(outcome.subject, rng)),
             (
                 "lifting",
                 lambda: (
-                    fuzz_checks.check_lifting(outcome.subject, rng, chosen[1] < rates.thorough)
+                    checks.check_lifting(outcome.subject, rng, chosen[1] < rates.thorough)
                     if chosen[0] < rates.lifting
                     else None
                 ),
@@ -103,20 +102,20 @@ def _traced(recipe, outcome):
     outcome.steps = tuple(program.steps)
     if not program.fits():
         return
-    outcome.primitives = frozenset(fuzz_evaluation.primitives_of(program.jaxpr()))
+    outcome.primitives = frozenset(evaluation.primitives_of(program.jaxpr()))
     try:
-        outcome.subject = fuzz_checks.Subject(program)
+        outcome.subject = checks.Subject(program)
     except pathcond.SpecError:
         return
     outcome.refused = False
     outcome.neurons = outcome.subject.spec.num_neurons
     if outcome.subject.warnings:
         first = outcome.subject.warnings[0]
-        return fuzz_checks.Failure(f"rule failed: {first.split()[0]}", first[:300])
+        return checks.Failure(f"rule failed: {first.split()[0]}", first[:300])
 
 
 def _counted(outcome, rng):
-    outcome.dimensions = fuzz_checks.count_dimensions(outcome.subject, rng)
+    outcome.dimensions = checks.count_dimensions(outcome.subject, rng)
 
 
 def _foreign(name, error):
@@ -127,7 +126,7 @@ def _foreign(name, error):
     where = f"{pathlib.Path(place.filename).name}:{place.lineno}"
     kind = "exception" if inside else "fuzzer's exception"
     message = " ".join(str(error).split())[:160]
-    return fuzz_checks.Failure(f"{kind}: {type(error).__name__} in {name} at {where}", message)
+    return checks.Failure(f"{kind}: {type(error).__name__} in {name} at {where}", message)
 
 
 # --- shrinking ------------------------------------------------------------------------------------
@@ -259,8 +258,8 @@ class Report:
         rate = self.programs / seconds
         return "\n".join(
             [
-                f"{self.programs} programs, {self.refused} without a spec, {self.with_neurons} with "
-                f"neurons; {seconds:.0f} s, {rate:.1f} a second ({parts})",
+                f"{self.programs} programs, {self.refused} without a spec, {self.with_neurons} "
+                f"with neurons; {seconds:.0f} s, {rate:.1f} a second ({parts})",
                 f"wrong: {wrong}; exceptions: {foreign}",
                 f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} "
                 f"to another power, {total[2]} one-sided, "
@@ -283,8 +282,8 @@ def run(seeds, rates=None, seconds=None, progress=None):
         report.add(seed, recipe, outcome)
         if progress is not None:
             progress(seed, recipe, outcome)
-        if number % _PROGRAMS_BETWEEN == 0 and fuzz_evaluation.memory_maps() > _MOST_MAPS:
-            fuzz_evaluation.forget_compiled()
+        if number % _PROGRAMS_BETWEEN == 0 and evaluation.memory_maps() > _MOST_MAPS:
+            evaluation.forget_compiled()
     return report
 
 

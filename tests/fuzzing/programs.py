@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fuzz_operations import LAYERS, UNUSUAL
+
+from fuzzing.operations import LAYERS, UNUSUAL
 
 _INPUT_SHAPES = ((2, 3), (2, 4), (3, 3), (2, 3, 4), (2, 3, 2), (1, 3), (3,), (2, 2, 3, 2))
 _MAX_SIZE, _MAX_NDIM, _MAX_PARAMETERS = 48, 4, 120

@@ -5,11 +5,11 @@ import inspect
 import warnings
 from typing import NamedTuple
 
-import fuzz_evaluation
 import jax
 import numpy as np
 
 import pathcond_jax as pathcond
+from fuzzing import evaluation
 from pathcond_jax._program import kinds, primitives
 from pathcond_jax._symmetry.values import RULES
 
@@ -60,7 +60,7 @@ class Subject:
     def __init__(self, program):
         self.program = program
         self.closed = program.jaxpr()
-        self.primitives = fuzz_evaluation.primitives_of(self.closed)
+        self.primitives = evaluation.primitives_of(self.closed)
         params, *inputs = program.abstract()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -75,8 +75,8 @@ class Subject:
         """The outputs of all samples, (samples, entries)."""
         arguments = [params[name] for name in self.names] + [x, n]
         try:
-            results = fuzz_evaluation.evaluate(self.closed, arguments)
-        except fuzz_evaluation.CannotEvaluateError:
+            results = evaluation.evaluate(self.closed, arguments)
+        except evaluation.CannotEvaluateError:
             return self.outputs_in_jax(params, x, n)
         return _flat(results, len(x))
 
@@ -98,7 +98,7 @@ class Subject:
         """Parameters whose entries are multiplied by e^log_factors, (samples, entries)."""
         start, result = 0, {}
         for name in self.names:
-            size = fuzz_evaluation.size(self.program.shapes[name])
+            size = evaluation.size(self.program.shapes[name])
             part = log_factors[:, start : start + size]
             result[name] = params[name] * _exp(part).reshape(-1, *self.program.shapes[name])
             start += size

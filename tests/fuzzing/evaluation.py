@@ -33,10 +33,10 @@ def primitives_of(closed):
     pending = [closed]
     while pending:
         item = pending.pop()
-        if isinstance(item, jex_core.ClosedJaxpr):
-            pending.append(item.jaxpr)
-        elif isinstance(item, jex_core.Jaxpr):
-            for eqn in item.eqns:
+        # Of the newest JAX, a closed jaxpr is a jaxpr and its own inside.
+        jaxpr = getattr(item, "jaxpr", item)
+        if isinstance(jaxpr, jex_core.Jaxpr):
+            for eqn in jaxpr.eqns:
                 names.add(eqn.primitive.name)
                 pending += eqn.params.values()
         elif isinstance(item, (tuple, list)):

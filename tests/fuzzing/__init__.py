@@ -1,0 +1,1 @@
+"""The parts of the fuzzer; ``tests/fuzz.py`` is its command."""
