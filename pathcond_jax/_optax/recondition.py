@@ -48,11 +48,20 @@ def recondition(
     (2^36-fold in float64) would lose digits, so in that case all log-scales are multiplied by the
     same number below 1, the status is ``CLIPPED``, and the next due update goes on from there.
 
+    An element after this one that changes the update would change the network's function. The next
+    call finds it, counts it in ``num_altered`` of the state and, outside of ``jit``, warns.
+
+    The parameters may be a part of what the spec was built from, in any containers: leaves are
+    matched by path. What the criterion reads besides, such as the running variances of batch
+    normalization, is handed over under any name, ``update(updates, state, params,
+    batch_stats=batch_stats)``; elements around this one pass it through.
+
     A due update with a NaN or an infinity in it, or in the parameters, is passed on as it is. Put
     the whole chain inside ``optax.apply_if_finite`` to drop such updates; they then do not count.
 
     Args:
-      spec: the architecture, traced from the parameters that the optimizer updates.
+      spec: the architecture, traced from the parameters that the optimizer updates, or from a tree
+        that has them inside.
       every: k; the k-th, 2k-th, ... update is due.
       start: n; the n-th update is due as well. 0: none is.
       criterion: what to balance, as in ``condition``.
@@ -65,8 +74,9 @@ def recondition(
       update requires ``params``. Under ``vmap`` over its state every update costs as if due.
 
     Raises:
-      SpecError: an argument cannot be used, or, at init or update, the parameters are missing,
-        have another structure than the spec, are masked, or have low precision.
+      SpecError: an argument cannot be used, or, at init or update, the parameters are missing, are
+        not the spec's, lack what moves with a neuron, are masked, or have low precision; or, at
+        update, the state is of another spec, or a value that the criterion reads is not given.
       NotPathLiftableError: the path criterion needs a network that is a sum over paths.
 
     Example:
@@ -121,15 +131,19 @@ def reconditioned(
     The same as ``chain(inner, recondition(spec, every))``, but the buffers of ``inner`` that
     belong to parameters are multiplied by powers of the parameters' factors: momentum by the −1st,
     second moments by the −2nd, copies of the parameters by the first. ``inner`` then goes on as if
-    it had seen the gradients of the new parameters all along. The powers are measured when this
-    function is called: ``inner`` runs a few steps on small stand-ins of the parameters, twice,
-    the second time with each entry w multiplied and its gradient divided by a power of two.
+    it had seen the gradients of the new parameters all along.
+
+    The powers are measured when this function is called, or at ``init`` if the spec has more than
+    what is trained: ``inner`` runs a few steps on small stand-ins of the parameters, twice, the
+    second time with each entry w multiplied and its gradient divided by a power of two. Gradients
+    are small there, so that clipping is inactive: it does not commute with rescaling, and buffers
+    keep what it left. Initial accumulators, weight decay before the momentum, the momentum of
+    RMSProp and factored or layer-wise second moments follow no power of the scale and raise.
 
     It wraps ``chain``, ``masked``, ``partition``, ``inject_hyperparams``, ``MultiSteps``,
     ``apply_if_finite``, ``lookahead`` and ``schedule_free``, and may itself be inside
     ``MultiSteps`` or ``apply_if_finite``, where only the updates that are emitted count.
-    Momentum of clipped gradients, adagrad's initial accumulator and factored or layer-wise second
-    moments follow no power of the scale and raise; so does weight decay before the momentum.
+    ``docs/optimizers.md`` lists what happens to each buffer of each optimizer of optax.
 
     Args:
       inner: the optimizer.
@@ -140,8 +154,7 @@ def reconditioned(
         that counters and schedules start anew too; or ``"keep"``, which changes nothing.
       degrees: powers by buffer name, as in ``{"0/trace": -1}``, instead of measured ones. The end
         of a name, ``"trace"``, stands for all buffers whose name ends so; 0 leaves a buffer alone.
-      probe_args: extra arguments of ``inner.update`` for the measurement; ``value=1.0`` is given
-        in any case.
+      probe_args: extra arguments of ``inner.update`` for the measurement, besides ``value=1.0``.
       criterion: what to balance, as in ``condition``.
       rounding: as in :func:`recondition`.
       **options: of ``condition``.

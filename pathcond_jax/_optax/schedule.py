@@ -1,10 +1,9 @@
 """When an update of an optimizer is due for conditioning, and what it then becomes."""
 
 import functools
-import math
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +14,13 @@ from jax import lax
 
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import LogScales, rescale, round_to_powers_of_two
+from pathcond_jax._optax.announcement import ALTERED_BY, corners, differ, joined, num_remembered
 from pathcond_jax._optax.matching import Completion, Values, check_all_held, held, whole
 from pathcond_jax._optax.transport import parameter_shapes
 from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.arrays import compute_dtype, is_traced
-from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec, no_neuron
 from pathcond_jax._spec.types import Leaf, PyTree, SpecError, listed
-
-# How far parameters may be from the announced ones by rounding, relative to their size.
-_ROUNDING = 2.0**-12
 
 
 class ReconditionState(NamedTuple):
@@ -94,7 +90,7 @@ class Rule:
         """The state before the first update."""
         # Each a buffer of its own: jax.jit donates no buffer twice.
         num_updates, status, num_altered = (jnp.zeros((), jnp.int32) for _ in range(3))
-        announced = jnp.zeros((sum(map(_num_remembered, self._rescaled.values())),), self._dtype)
+        announced = jnp.zeros((num_remembered(list(self._rescaled.values())),), self._dtype)
         return ReconditionState(num_updates, self._no_scales(), status, announced, num_altered)
 
     def check_init(self, params: PyTree) -> None:
@@ -121,11 +117,12 @@ class Rule:
         self._check_state(state)
         first = _copies(params)[0]
         others = self._complete(held(self._spec, first, "params"), first, extra)
-        altered = self._altered(self._laid(params, "params")[0], state)
+        here = joined(corners(self._movable(params, "params")), self._dtype)
+        altered = self.due(state.num_updates) & differ(state.announced, here)
         if not is_traced(altered) and altered:
             warnings.warn(
                 f"the parameters are not those that the last due update of {self._name} leads to, "
-                "so the network's function has changed: " + _ALTERED_BY[self._name],
+                "so the network's function has changed: " + ALTERED_BY[self._name],
                 stacklevel=3,
             )
         return others, state.num_altered + altered.astype(jnp.int32)
@@ -141,7 +138,8 @@ class Rule:
         """An update that is not due."""
         del others
         kept = [
-            jnp.asarray(u, self._emitted_dtype(k, u, p)) for k, u, p in self._pairs(updates, params)
+            jnp.asarray(u, self._emitted_dtype(k, u, p))
+            for _, k, u, p in self._pairs(updates, params)
         ]
         updates = jax.tree.unflatten(jax.tree.structure(updates), kept)
         return Outcome(updates, self._no_scales(), state.status, state.announced)
@@ -157,35 +155,34 @@ class Rule:
         if self._rounding is not None:
             log_scales = round_to_powers_of_two(log_scales)
         # Added anew: kept beside what the solver needs, the sum would be one more copy in memory.
-        anew = self.added(*lax.optimization_barrier((params, updates)))
+        anew = self._laid(self.added(*lax.optimization_barrier((params, updates))), "params")
+        ends = [
+            jax.tree.leaves(rescale(whole(self._spec, {**others, **copy}), self._spec, log_scales))
+            for copy in anew
+        ]
         finite = solution.status != Status.NON_FINITE
-        moved = []
-        for copy, (u_copy, p_copy) in zip(
-            self._laid(anew, "params"),
-            zip(self._laid(updates, "updates"), self._laid(params, "params"), strict=True),
-            strict=True,
-        ):
-            rescaled = rescale(whole(self._spec, {**others, **copy}), self._spec, log_scales)
-            ends = jax.tree.leaves(rescaled)
-            for k, u in u_copy.items():
-                dtype = self._emitted_dtype(k, u, p_copy[k])
-                kept = jnp.asarray(u, dtype)
-                if k in self._rescaled:
-                    step = ends[k].astype(dtype) - jnp.asarray(p_copy[k], dtype)
-                    kept = jnp.where(finite, step, kept)
-                moved.append(kept)
-        emitted = jax.tree.unflatten(jax.tree.structure(updates), moved)
+
+        def emitted(copy: int, k: int, u: Any, p: Any) -> jax.Array:
+            dtype = self._emitted_dtype(k, u, p)
+            kept = jnp.asarray(u, dtype)
+            if k not in self._rescaled:
+                return kept
+            return jnp.where(finite, ends[copy][k].astype(dtype) - jnp.asarray(p, dtype), kept)
+
+        moved = jax.tree.unflatten(
+            jax.tree.structure(updates), [emitted(*pair) for pair in self._pairs(updates, params)]
+        )
         clipped = jnp.asarray(Status.CLIPPED, jnp.int32)
         status = jnp.where(
             shortened & (solution.status == Status.CONVERGED), clipped, solution.status
         )
         log_scales = tuple(z.astype(self._dtype) for z in log_scales)
-        return Outcome(emitted, log_scales, status, self._announced(params, emitted))
+        return Outcome(moved, log_scales, status, self._announced(params, moved))
 
     def added(self, params: PyTree, updates: PyTree) -> PyTree:
         """What optax.apply_updates does, also under strict promotion."""
         sums = [
-            _sum(p, u, self._emitted_dtype(k, u, p)) for k, u, p in self._pairs(updates, params)
+            _sum(p, u, self._emitted_dtype(k, u, p)) for _, k, u, p in self._pairs(updates, params)
         ]
         return jax.tree.unflatten(jax.tree.structure(params), sums)
 
@@ -209,12 +206,11 @@ class Rule:
             for copy in _copies(tree)
         ]
 
-    def _pairs(self, updates: PyTree, params: PyTree) -> list[tuple[int, Any, Any]]:
-        """Each leaf's position, update and value."""
+    def _pairs(self, updates: PyTree, params: PyTree) -> list[tuple[int, int, Any, Any]]:
+        """Each leaf's copy, position, update and value."""
         pairs = []
-        for us, ps in zip(
-            self._laid(updates, "updates"), self._laid(params, "params"), strict=True
-        ):
+        both = zip(self._laid(updates, "updates"), self._laid(params, "params"), strict=True)
+        for copy, (us, ps) in enumerate(both):
             # optax.apply_updates adds them in this order.
             if list(us) != list(ps):
                 apart = sorted(self._spec.leaves[k].path for k in us.keys() ^ ps.keys())
@@ -222,7 +218,7 @@ class Rule:
                     f"{self._name}: updates and params differ"
                     + (f": only one of them has {listed(apart)}" if apart else " in their order")
                 )
-            pairs += [(k, us[k], ps[k]) for k in us]
+            pairs += [(copy, k, us[k], ps[k]) for k in us]
         return pairs
 
     def _check_params(self, params: PyTree) -> None:
@@ -246,30 +242,16 @@ class Rule:
                 f"instead of {expected}; make one with init, or restore one of this spec"
             )
 
+    def _movable(self, tree: PyTree, what: str) -> list[Any]:
+        """The leaves that a neuron meets, of the first copy, in the spec's order."""
+        laid = self._laid(tree, what)[0]
+        return [laid[k] for k in self._rescaled]
+
     def _announced(self, params: PyTree, updates: PyTree) -> jax.Array:
         """What is remembered of where an update leads."""
-        us, ps = self._laid(updates, "updates")[0], self._laid(params, "params")[0]
-        dtypes = [self._emitted_dtype(k, us[k], ps[k]) for k in self._rescaled]
-        return self._joined(map(_sum, self._corners(ps), self._corners(us), dtypes))
-
-    def _altered(self, params: Values, state: ReconditionState) -> jax.Array:
-        """Whether the update before was due and did not lead to these parameters."""
-        here, announced = self._joined(self._corners(params)), state.announced
-        size = jnp.maximum(abs(here), abs(announced))
-        apart = ~(abs(here - announced) <= _ROUNDING * size) & jnp.isfinite(announced)
-        return self.due(state.num_updates) & apart.any()
-
-    def _corners(self, values: Values) -> list[jax.Array]:
-        """The first two entries of each rescaled leaf along each axis."""
-        whole_leaves = [jnp.asarray(values[k]) for k in self._rescaled]
-
-        def cut(leaves: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-            return leaves, [leaf[(slice(0, 2),) * leaf.ndim].ravel() for leaf in leaves]
-
-        return automatic(cut, whole_leaves)[1]
-
-    def _joined(self, parts: Iterable[jax.Array]) -> jax.Array:
-        return jnp.concatenate([part.astype(self._dtype) for part in parts])
+        us, ps = self._movable(updates, "updates"), self._movable(params, "params")
+        dtypes = map(self._emitted_dtype, self._rescaled, us, ps)
+        return joined(list(map(_sum, corners(ps), corners(us), dtypes)), self._dtype)
 
     def _emitted_dtype(self, position: int, u: Any, p: Any) -> Any:
         """Wide enough for q - p, the same whether due or not; leaves of no neuron keep theirs."""
@@ -344,15 +326,3 @@ def _copies(params: PyTree) -> tuple[PyTree, ...]:
 def _sum(p: Any, u: Any, dtype: Any) -> jax.Array:
     p = jnp.asarray(p)
     return (p.astype(dtype) + jnp.asarray(u, dtype)).astype(p.dtype)
-
-
-def _num_remembered(leaf: Leaf) -> int:
-    return math.prod(min(n, 2) for n in leaf.shape)
-
-
-_ALTERED_BY = {
-    "recondition": "recondition must be the last element of the chain, as in optax.chain("
-    "optax.sgd(...), pathcond.recondition(...)), and nothing else may change what it emits",
-    "reconditioned": "wrap the whole chain, as in pathcond.reconditioned(optax.chain(...), ...), "
-    "and let nothing else change what it emits",
-}

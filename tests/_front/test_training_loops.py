@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -449,3 +450,49 @@ def test_lists_of_arrays():
     one, two = (apply_fn({"params": p, "state": fixed}, X) for p in (before, after))
     assert_same_function(one, two)
     assert not np.allclose(before[2], after[2], rtol=1e-3)
+
+
+@lenient
+@pytest.mark.parametrize("how", ["pure dict", "orbax"])
+def test_nnx_state_goes_through_a_checkpoint(how, tmp_path):
+    """Training resumes bit for bit from the states of the module and the optimizer."""
+
+    class Small(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(36, 5, rngs=rngs)
+            self.out = nnx.Linear(5, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
+
+    spec = pathcond.nnx_spec(Small(nnx.Rngs(0)), X)
+    tx = recipe(spec)
+
+    def start(seed):
+        model = Small(nnx.Rngs(seed))
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: squared_error(model(X)))(model))
+
+    model, optimizer = start(0)
+    for _ in range(2):
+        train(model, optimizer)
+    saved = nnx.to_pure_dict(nnx.state((model, optimizer)))
+    if how == "orbax":
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", saved)
+            checkpointer.wait_until_finished()
+            saved = checkpointer.restore(tmp_path / "state", saved)
+    else:
+        saved = jax.tree.map(np.asarray, saved)
+    resumed = start(1)
+    state = nnx.state(resumed)
+    nnx.replace_by_pure_dict(state, saved)
+    nnx.update(resumed, state)
+    for _ in range(2):
+        train(model, optimizer)
+        train(*resumed)
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(m)) for m in (model, resumed[0])))
+    expect_moves(resumed[1].opt_state, 4)
