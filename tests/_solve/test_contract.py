@@ -140,7 +140,9 @@ class TestOneEntry:
     @pytest.fixture(autouse=True)
     def entries(self, monkeypatch):
         for name, run in (("lazy", lazy), ("lost", lost)):
-            entry = Method(Objective, flat_objective.make, run, 5, {32: 0.1, 64: 0.1})
+            entry = Method(
+                Objective, flat_objective.make, flat_objective.value, run, 5, {32: 0.1, 64: 0.1}
+            )
             monkeypatch.setitem(METHODS, name, entry)
 
     def test_it_gets_what_all_get(self):
