@@ -326,14 +326,8 @@ _ONE_WEIGHT = {"cos", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic",
 _WITHOUT = (set(kinds.ELEMENTWISE) - _ONE_WEIGHT) | {"atan2", "clamp", "rem"}
 
 RULES.no_rule("it is not linear", *_WITHOUT)
-RULES.no_rule("a factorization mixes all entries", *kinds.FACTORIZATIONS)
-RULES.no_rule("integers and bits are on no path", *kinds.BITS)
-RULES.no_rule("what is drawn is on no path", *kinds.RANDOM)
-RULES.no_rule("other devices take part", *kinds.COLLECTIVES)
-RULES.no_rule("it is there for its effects", *kinds.EFFECTS)
-RULES.no_rule("it multiplies entries of one value with each other", *kinds.PRODUCTS)
-RULES.no_rule("it runs a program that its caller gives", *kinds.INNER_PROGRAMS)
-RULES.no_rule("it occurs in derivatives only", *kinds.DERIVATIVES)
+for _reason, _names in kinds.OPAQUE.items():
+    RULES.no_rule(_reason, *_names)
 RULES.no_rule("paths have real weights", "complex", "conj", "fft", "imag", "real")
 RULES.no_rule(
     "the path that an entry takes depends on the input",
@@ -341,4 +335,4 @@ RULES.no_rule(
 )
 RULES.no_rule("the operations that run depend on the input", "cond", "while")
 RULES.no_rule("total orders occur in sorting only", "eq_to", "le_to", "lt_to")
-RULES.no_rule("JAX writes it as an addition of the negative", "scatter-sub")
+RULES.no_rule("write .at[...].add(-x) instead, which has a rule", "scatter-sub")

@@ -1,4 +1,4 @@
-"""Primitives that an analysis has no rule for, by what they do."""
+"""Primitives for which no analysis has a rule, by what they do."""
 
 ELEMENTWISE = (
     *("acos", "acosh", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "ceil"),
@@ -28,3 +28,15 @@ EFFECTS = ("after_all", "create_token", "empty2", "get", "swap")
 PRODUCTS = ("cumlogsumexp", "cumprod", "reduce_prod", "scatter-mul")
 INNER_PROGRAMS = ("custom_lin", "reduce", "reduce_window")
 DERIVATIVES = ("select_and_gather_add", "select_and_scatter", "select_and_scatter_add")
+
+# Why neither scales nor paths pass, whatever the analysis.
+OPAQUE = {
+    "it factorizes a matrix, which mixes all entries": FACTORIZATIONS,
+    "it works on integers or bits": BITS,
+    "it draws random numbers": RANDOM,
+    "other devices take part": COLLECTIVES,
+    "it is there for its effects": EFFECTS,
+    "it multiplies entries of one value with each other": PRODUCTS,
+    "it runs a program that its caller gives": INNER_PROGRAMS,
+    "it occurs in derivatives only": DERIVATIVES,
+}

@@ -257,12 +257,6 @@ def _cond(scope: Scope, which: Scale, *operands: Scale) -> list[Terms]:
 
 
 RULES.no_rule("no power of a positive scale comes out of it", *kinds.ELEMENTWISE)
-RULES.no_rule("a factorization mixes all entries", *kinds.FACTORIZATIONS)
-RULES.no_rule("integers and bits have no scale", *kinds.BITS)
-RULES.no_rule("what is drawn has no scale", *kinds.RANDOM)
-RULES.no_rule("other devices take part", *kinds.COLLECTIVES)
-RULES.no_rule("it is there for its effects", *kinds.EFFECTS)
-RULES.no_rule("it multiplies entries of one value with each other", *kinds.PRODUCTS)
-RULES.no_rule("it runs a program that its caller gives", *kinds.INNER_PROGRAMS)
-RULES.no_rule("it occurs in derivatives only", *kinds.DERIVATIVES)
+for _reason, _names in kinds.OPAQUE.items():
+    RULES.no_rule(_reason, *_names)
 RULES.no_rule("other scales may choose other entries", "approx_top_k")
