@@ -255,7 +255,7 @@ class Report:
         blamed = Counter(name for d in self.dimensions for name in d.operations)
         wrong, foreign = (sum(map(len, d.values())) for d in (self.wrong(), self.foreign()))
         parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in self.seconds.items())
-        rate = self.programs / seconds
+        rate, mean = self.programs / seconds, self.completeness(False)
         return "\n".join(
             [
                 f"{self.programs} programs, {self.refused} without a spec, {self.with_neurons} "
@@ -264,7 +264,7 @@ class Report:
                 f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} "
                 f"to another power, {total[2]} one-sided, "
                 f"{total[3]} missed in {len(self.misses)} "
-                f"programs; mean found/(found + missed) {self.completeness(False):.4f}, of "
+                f"programs; mean found/(found + missed) {mean:.4f}, of "
                 f"programs of supported operations {self.completeness(True):.4f}",
                 f"misses by pinning operation: {dict(blamed.most_common())}",
             ]

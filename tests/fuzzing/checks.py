@@ -244,8 +244,8 @@ def check_lifting(subject, rng, thorough):
     params, *_ = subject.program.draw(rng, 1)
     scales = rng.normal(size=(1, subject.spec.num_neurons))
     factors = scales @ subject.directions.T
-    one = {name: value[0] for name, value in params.items()}
-    two = {name: value[0] for name, value in subject.moved(params, factors).items()}
+    one = {name: np.asarray(value[0]) for name, value in params.items()}
+    two = {name: np.asarray(value[0]) for name, value in subject.moved(params, factors).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checks = [
