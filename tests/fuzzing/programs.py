@@ -13,6 +13,14 @@ _INPUT_SHAPES = ((2, 3), (2, 4), (3, 3), (2, 3, 4), (2, 3, 2), (1, 3), (3,), (2,
 _MAX_SIZE, _MAX_NDIM, _MAX_PARAMETERS = 48, 4, 120
 # Of what an integer input, a trip count or an index, is drawn.
 _INTEGERS = (0, 1, 2)
+# Families of many variants come more often; what makes a program slow to check, less.
+_WEIGHTS = {
+    **dict.fromkeys(("unary", "binary", "dense_of_function"), 4),
+    **dict.fromkeys(("reduced", "gathered", "repeated", "scattered"), 3),
+    **dict.fromkeys(("scattered_otherwise", "cumulative", "sorted_", "windowed", "selected"), 2),
+    **dict.fromkeys(("contraction", "tied", "homogeneous_unary", "wrapped", "recurrent"), 2),
+    **dict.fromkeys(("reference", "callback", "drawn", "named", "collective"), 0.7),
+}
 _FREQUENT = ("dense", "dense_relu", "dense_relu", "residual", "rectified", "bias", "scale")
 
 
@@ -49,11 +57,11 @@ def random_recipe(seed):
     """A program that is nearly rescalable: layers, and one to three unusual operations."""
     r = random.Random(seed)
     steps = [_layer(r, _FREQUENT[:3])]
-    for _ in range(r.choice([1, 1, 2, 3])):
+    for _ in range(r.choice([1, 1, 1, 2, 3])):
         steps += [_layer(r) for _ in range(r.choice([0, 0, 1, 2]))]
         steps.append(_unusual(r))
     steps += [_layer(r) for _ in range(r.choice([0, 1, 1, 2]))]
-    if r.random() < 0.7:
+    if r.random() < 0.85:
         steps.append(_layer(r, ("dense",)))
     share = r.choice([0, 0, 0, 2, 3])
     return Recipe(r.choice(_INPUT_SHAPES), tuple(steps), share, 2 if r.random() < 0.15 else 1)
@@ -65,7 +73,8 @@ def _layer(r, names=None):
 
 
 def _unusual(r):
-    name = r.choice(sorted(UNUSUAL))
+    names = sorted(UNUSUAL)
+    (name,) = r.choices(names, [_WEIGHTS.get(name, 1) for name in names])
     inner = ()
     if name == "wrapped":
         inner = tuple(
