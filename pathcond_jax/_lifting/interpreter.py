@@ -166,7 +166,7 @@ class Lifting:
                 raise
             except Exception as error:
                 because = failure(error)
-                warn_of_failure(node, because)
+                warn_of_failure(node.operation, node.source, because)
                 raise unliftable(node, because) from error
         if known is None or node.effect:
             raise unliftable(node, _objection(node, rule))

@@ -4,8 +4,6 @@ import warnings
 
 import jax
 
-from pathcond_jax._program.graph import Node
-
 
 class RuleFailedWarning(UserWarning):
     """A rule of this library failed; the operation was treated as one without a rule."""
@@ -19,7 +17,7 @@ def failure(error: Exception) -> str:
     )
 
 
-def warn_of_failure(node: Node, because: str) -> None:
-    """Warns that the rule of an operation failed."""
-    where = f" at {node.source}" if node.source else ""
-    warnings.warn(f"{node.operation}{where} {because}", RuleFailedWarning, stacklevel=2)
+def warn_of_failure(operation: str, source: str, because: str) -> None:
+    """Warns that the rule of an operation failed, at a line of the user's or ""."""
+    where = f" at {source}" if source else ""
+    warnings.warn(f"{operation}{where} {because}", RuleFailedWarning, stacklevel=2)

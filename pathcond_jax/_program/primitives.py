@@ -19,6 +19,8 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as jex_primitives
 
+from pathcond_jax._program.failures import warn_of_failure
+
 Literal = jex_core.Literal
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,7 +106,10 @@ REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
 def reference_program(eqn: Any) -> Any:
-    """The program that stands for an operation in every analysis; None: the operation itself."""
+    """The program that stands for an operation in every analysis; None: the operation itself.
+
+    A reference that raises, or gives other shapes than the operation, stands for nothing.
+    """
     reference = REFERENCES.get(eqn.primitive)
     if reference is None:
         return None
@@ -114,7 +119,12 @@ def reference_program(eqn: Any) -> Any:
         found = reference(*values, **eqn.params)
         return [] if found is NotImplemented else found
 
-    program = jax.make_jaxpr(run)(*shapes)
+    try:
+        program = jax.make_jaxpr(run)(*shapes)
+    except Exception as error:
+        because = f"has a reference that fails ({type(error).__name__}: {error})"
+        warn_of_failure(eqn.primitive.name, "", because)
+        return None
     wanted = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
     return program if [(aval.shape, aval.dtype) for aval in program.out_avals] == wanted else None
 

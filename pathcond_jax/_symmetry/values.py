@@ -380,7 +380,7 @@ def _passed(scope: Scope, scales: Sequence[Scale]) -> Sequence[Terms]:
             _check_shapes(terms, scope.out_shape(k))
     except Exception as error:
         because = failure(error)
-        warn_of_failure(node, because)
+        warn_of_failure(node.operation, node.source, because)
         return pin(scope, *scales, because=because)
     return found
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ad_checkpoint, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 X = jax.ShapeDtypeStruct((4, 6), np.float32)
 IMAGE = jax.ShapeDtypeStruct((2, 6, 6, 4), np.float32)
@@ -23,6 +24,11 @@ _SCATTERED = lax.ScatterDimensionNumbers((1,), (0,), (0,))
 def _scatter(operation: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     updates = jax.ShapeDtypeStruct((3, 6), np.float32)
     return lambda x, i, u: operation(x, i, u, _SCATTERED), (X, PLACES, updates)
+
+
+def _constrained(x: jax.Array) -> jax.Array:
+    mesh = Mesh(np.array(jax.devices()[:1]), ("devices",))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def _unary(*names: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -56,6 +62,7 @@ EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "reduce_precision": (lambda x: lax.reduce_precision(x, 8, 7), (X,)),
     "name": (lambda x: ad_checkpoint.checkpoint_name(x, "x"), (X,)),
     "device_put": (lambda x: jax.device_put(x, jax.devices()[0]), (X,)),
+    "sharding_constraint": (_constrained, (X,)),
     "convert_element_type": (lambda x: x.astype(jnp.bfloat16), (X,)),
     "integer_pow": (lambda x: lax.integer_pow(x, 3), (X,)),
     "select_n": (lambda x: lax.select_n(x > 0, x, x), (X,)),
@@ -114,6 +121,5 @@ EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
 }
 
-# Primitives that no function of JAX binds by itself in a small program: comparisons by total order
-# are made inside of sorting, constraints of sharding need a mesh.
-MAKERS = {"eq_to", "le_to", "lt_to", "sharding_constraint"}
+# Comparisons by total order, which JAX makes only while it compiles a sort.
+WITHOUT_EXAMPLE = {"eq_to", "le_to", "lt_to"}

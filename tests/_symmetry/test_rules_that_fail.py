@@ -113,6 +113,13 @@ def test_a_reference_of_other_shapes_is_not_taken(kernel):
     assert pathcond.trace_spec(network(kernel), PARAMS, X).num_neurons == 0
 
 
+def test_a_reference_that_fails_pins_and_says_so(kernel):
+    pathcond.register_rule(kernel, reference=lambda x, sharpness: fails())
+    with pytest.warns(RuleFailedWarning, match=r"my_kernel has a reference that fails \(Runtime"):
+        spec = pathcond.trace_spec(network(kernel), PARAMS, X)
+    assert spec.num_neurons == 0
+
+
 def test_rules_of_ones_own_for_both_analyses(kernel):
     pathcond.register_rule(
         kernel, symmetry=lambda scope, x: [x.terms], lifting=lambda run, node, values: values
