@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._program.origin import origin_of, public_name
+from pathcond_jax._program.origin import Origin, calling_line, name_of_call, origin_of
 from pathcond_jax._program.primitives import (
     Literal,
     has_effect,
@@ -120,22 +120,28 @@ class _Constants(Mapping[int, Any]):
 
 def trace(fun: Callable[..., Any], *args: PyTree) -> Graph:
     """Traces ``fun`` on arrays or shapes and flattens the program."""
-    return flatten(jax.make_jaxpr(fun)(*args))
+    closed = jax.make_jaxpr(fun)(*args)
+    # What libraries run without any line of the user's was called here.
+    return _flattened(closed, _Builder(calling_line()))
 
 
-def flatten(closed: Any) -> Graph:
-    """The flat program of a closed jaxpr."""
-    builder = _Builder()
+def _flattened(closed: Any, builder: "_Builder", call: Origin | None = None) -> Graph:
+    """The flat program of a closed jaxpr, of an inner one that runs at ``call``."""
     jaxpr = getattr(closed, "jaxpr", closed)
     inputs = tuple(builder.new(var.aval) for var in jaxpr.invars)
-    outputs = tuple(builder.run(jaxpr, builder.closed_over(closed), list(inputs)))
+    outputs = tuple(builder.run(jaxpr, builder.closed_over(closed), list(inputs), call))
     return builder.graph(inputs, outputs)
 
 
 class _Builder:
-    """Collects the nodes of one flat program."""
+    """Collects the nodes of one flat program.
 
-    def __init__(self) -> None:
+    Args:
+      called_at: the user's line that runs what has no line of its own.
+    """
+
+    def __init__(self, called_at: str) -> None:
+        self.called_at = called_at
         self.nodes: list[Node] = []
         self.constants: dict[int, Any] = {}
         self.captured: set[int] = set()
@@ -168,7 +174,7 @@ class _Builder:
         jaxpr: Any,
         constants: list[int],
         inputs: list[int],
-        caller: tuple[str, str] | None = None,
+        call: Origin | None = None,
     ) -> list[int]:
         # A fresh environment per call: inner jaxprs are shared between calls, variables and all.
         env = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -181,17 +187,17 @@ class _Builder:
             ids = [read(atom) for atom in eqn.invars]
             inner = inner_program(eqn) or reference_program(eqn)
             if inner is not None:
-                line, _ = origin_of(eqn, caller)
-                name = public_name(str(eqn.params.get("name", "")))
-                called = (line, name or (caller[1] if caller else ""))
+                here = origin_of(eqn.source_info, call)
+                name = name_of_call(str(eqn.params.get("name", "")))
+                called = here._replace(activation=here.activation or name)
                 consts = self.closed_over(inner)
                 results = self.run(getattr(inner, "jaxpr", inner), consts, ids, called)
             else:
-                results = self.operation(eqn, ids, caller)
+                results = self.operation(eqn, ids, call)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def operation(self, eqn: Any, inputs: list[int], caller: tuple[str, str] | None) -> list[int]:
+    def operation(self, eqn: Any, inputs: list[int], call: Origin | None) -> list[int]:
         outputs = [self.new(var.aval) for var in eqn.outvars]
         size = sum(int(np.prod(self.avals[i].shape, dtype=np.int64)) for i in outputs)
         known = all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT
@@ -200,8 +206,9 @@ class _Builder:
             if self.captured.intersection(inputs):
                 self.captured.update(outputs)
             return outputs
+        origin = origin_of(eqn.source_info, call)
         bodies = tuple(
-            flatten(body)
+            _flattened(body, _Builder(self.called_at), origin)
             for key in ("jaxpr", "cond_jaxpr", "body_jaxpr", "branches")
             if key in eqn.params
             for body in (eqn.params[key] if key == "branches" else (eqn.params[key],))
@@ -213,7 +220,8 @@ class _Builder:
                 tuple(outputs),
                 eqn.params,
                 bodies,
-                *origin_of(eqn, caller),
+                origin.line or self.called_at,
+                origin.name,
                 has_effect(eqn),
             )
         )
