@@ -100,7 +100,7 @@ def origin_of(source_info: Any, call: Origin | None = None) -> Origin:
     for frame in frames:
         if frame.file_name.startswith(_TRACING):
             break
-        file, owner = os.path.basename(frame.file_name), _owner(frame.file_name)
+        file, owner = _name(frame.file_name), _owner(frame.file_name)
         line = f"{file}:{frame.line_num} ({frame.function_name})"
         if owner is _Owner.USER:
             origin = origin._replace(line=line)
@@ -132,7 +132,7 @@ def name_of_call(name: str) -> str:
 
 def _binds(frame: Any) -> bool:
     """Whether a frame only binds a primitive or enters a function."""
-    return os.path.basename(frame.file_name) in _MACHINERY and _owner(frame.file_name) is _Owner.JAX
+    return _name(frame.file_name) in _MACHINERY and _owner(frame.file_name) is _Owner.JAX
 
 
 def _in_jax(origin: Origin, file: str, name: str) -> Origin:
@@ -154,6 +154,11 @@ def _in_library(origin: Origin, name: str) -> Origin:
         return origin._replace(layer=origin.layer or outer[-1])
     public = not outer and not last.startswith(("_", "<"))
     return origin._replace(function=origin.function or last) if public else origin
+
+
+@functools.cache
+def _name(file: str) -> str:
+    return os.path.basename(file)
 
 
 @functools.cache

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from pathcond_jax._spec.types import Leaf, NeuronGroup, Pinned, PyTree, SpecError, listed
+from pathcond_jax._spec.explanation import explained, rounded_at, shortened
+from pathcond_jax._spec.types import Leaf, NeuronGroup, Pinned, PyTree, Rounded, SpecError, listed
 
 
 # Without leaves for JAX: `jax.jit(condition)(params, spec)` and a vmap over both need no more.
@@ -34,6 +35,8 @@ class ArchSpec:
       program: the traced network, which path lifting runs on one example; None if there is none.
       apply_fn: the network as a function; None if there is none.
       example_inputs: the shapes and dtypes of the inputs after the parameters.
+      rounded: where values that neurons scale are rounded to a lower precision. There only scales
+        that are powers of two are exact, as ``condition(..., rounding="power_of_two")`` takes.
       max_pool: how path lifting treats max pooling, ``"paths"`` or ``"max"``.
     """
 
@@ -45,6 +48,7 @@ class ArchSpec:
     max_pool: str = "paths"
     apply_fn: Callable[..., Any] | None = None
     example_inputs: tuple[PyTree, ...] = ()
+    rounded: tuple[Rounded, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, (tuple, list)) or not all(
@@ -85,6 +89,16 @@ class ArchSpec:
         )
 
     @cached_property
+    def rescaled_axes(self) -> frozenset[tuple[str, int]]:
+        """The leaves and their axes along which neurons are laid out."""
+        return frozenset(
+            (incidence.path, axis)
+            for group in self.groups
+            for incidence in (*group.incoming, *group.outgoing)
+            for axis in incidence.axes
+        )
+
+    @cached_property
     def _by_path(self) -> dict[str, Leaf]:
         return {leaf.path: leaf for leaf in self.leaves}
 
@@ -120,7 +134,8 @@ class ArchSpec:
     def __reduce__(self) -> tuple[Callable[..., "ArchSpec"], tuple[Any, ...]]:
         # Containers that are not JAX's own may compare unequal inside an unpickled treedef.
         skeleton = jax.tree.unflatten(self.treedef, range(len(self.leaves)))
-        return _unpickled, (self.groups, self.leaves, skeleton, self.pinned, self.max_pool)
+        plain = (self.groups, self.leaves, skeleton, self.pinned, self.max_pool, self.rounded)
+        return _unpickled, plain
 
     def __str__(self) -> str:
         return _table(self)
@@ -134,8 +149,10 @@ def _unpickled(
     skeleton: PyTree,
     pinned: tuple[Pinned, ...],
     max_pool: str,
+    rounded: tuple[Rounded, ...],
 ) -> ArchSpec:
-    return ArchSpec(groups, leaves, jax.tree.structure(skeleton), pinned, max_pool=max_pool)
+    treedef = jax.tree.structure(skeleton)
+    return ArchSpec(groups, leaves, treedef, pinned, max_pool=max_pool, rounded=rounded)
 
 
 _SYMMETRIES: weakref.WeakValueDictionary[Any, ArchSpec] = weakref.WeakValueDictionary()
@@ -154,8 +171,7 @@ def no_neuron(spec: ArchSpec) -> str:
     """Why a spec without groups has none, in one sentence for an error."""
     # Every network pins its inputs and outputs; what operations pin tells more.
     between = [pin for pin in spec.pinned if pin.operation]
-    telling = {(pin.reason, pin.source): pin for pin in reversed(between or spec.pinned)}
-    reasons = [str(pin) for pin in reversed(telling.values())]
+    reasons = explained(between or spec.pinned, spec.rescaled_axes)
     shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if reasons[4:] else "")
     return (
         f"the network has no neuron to rescale{f' ({shown})' if shown else ''}; a neuron is a unit "
@@ -200,8 +216,8 @@ def _table(spec: ArchSpec) -> str:
         (
             group.name,
             str(group.size),
-            ", ".join(map(str, group.incoming)),
-            ", ".join(map(str, group.outgoing)),
+            shortened(map(str, group.incoming)),
+            shortened(map(str, group.outgoing)),
         )
         for group in spec.groups
     ]
@@ -216,5 +232,7 @@ def _table(spec: ArchSpec) -> str:
         f"{spec.num_parameters} trainable entries"
     )
     if spec.pinned:
-        lines += ["pinned:", *(f"  {pin}" for pin in spec.pinned)]
+        lines += ["pinned:", *(f"  {line}" for line in explained(spec.pinned, spec.rescaled_axes))]
+    if spec.rounded:
+        lines += [f"rounded: {rounded_at(spec.rounded)}"]
     return "\n".join(lines)

@@ -107,7 +107,11 @@ class Pinned:
       axis: the axis, or None for the whole leaf.
       operation: the operation that forbids it, such as ``"tanh"``.
       source: the user's line that runs the operation, ``"file.py:12 (function)"``, or "".
-      reason: one sentence.
+      reason: one sentence. Where it says that only an ε fixes a scale, this is proved: in the
+        program with 0 in place of every small constant that is added or compared, all entries
+        that share the scale can be multiplied by any positive number together.
+      summed: whether the axis is one that the operation sums over or slides along, as the window
+        of a convolution: in no other network would it have a scale.
     """
 
     path: str
@@ -115,11 +119,29 @@ class Pinned:
     operation: str
     source: str
     reason: str
+    summed: bool = False
 
     def __str__(self) -> str:
         axis = "" if self.axis is None else f" axis {self.axis}"
         where = f" at {self.source}" if self.source else ""
         return f"{self.path}{axis}: {self.reason}{where}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """An operation that rounds values which neurons scale to a lower precision.
+
+    There a rescaling is exact only if its scales are powers of two.
+
+    Attributes:
+      dtype: the dtype to which it rounds.
+      operation: the operation, such as ``"convert_element_type"``.
+      source: the user's line that runs it, or "".
+    """
+
+    dtype: str
+    operation: str
+    source: str
 
 
 def listed(names: Any, limit: int = 6) -> str:

@@ -1,7 +1,7 @@
 """Linear equations between log-scales: signed connected components, then elimination.
 
 A *label* is an unknown log-scale. Label arrays hold label numbers; 0 is the log-scale 0 and
-``WILD`` marks an entry that is zero (or infinite) and therefore fits every scale.
+``WILD`` marks an entry that is zero, infinite or NaN and therefore fits every scale.
 
 Almost all equations say that a label is 0 or that two are equal or opposite: their classes are the
 connected components of a graph in which each label has a node and so has its inverse. What is left
@@ -10,6 +10,7 @@ is eliminated row by row, many independent rows at a time, and the components ar
 
 import bisect
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,14 +125,16 @@ class Equations:
             labels = np.unique(labels, axis=0)
         self._rows.append((np.array([t.coefficient for t in terms]), labels, origin))
 
-    def solve(self) -> Solved:
-        """All solutions, as a table over free labels."""
+    def solve(self, without: Collection[int] = ()) -> Solved:
+        """All solutions, as a table over free labels; without the equations of some origins."""
         is_leaf = np.zeros(self.count, bool)
         for block in self.blocks:
             size = int(np.prod(block.shape, dtype=np.int64))
             is_leaf[block.start : block.start + size] = block.leaf is not None
         # Leaves are written in terms of what operations create, and later labels by earlier ones.
-        return _solve(*self._matrix(), np.arange(self.count) + is_leaf * self.count)
+        matrix, origins = self._matrix()
+        kept = np.flatnonzero(~np.isin(origins, list(without))) if without else slice(None)
+        return _solve(matrix[kept], origins[kept], np.arange(self.count) + is_leaf * self.count)
 
     def _matrix(self) -> tuple[Any, np.ndarray]:
         counts = [len(labels) for _, labels, _ in self._rows]
@@ -220,7 +223,8 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
         if single.any() or pair.any():
             zeros = current.indices[np.repeat(single, nonzero)]
             zero_origins = np.repeat(
-                _inherited(equations[single], origins[single], reason), nonzero[single]
+                _inherited(equations[single], origins[single], reason[_roots(parent)]),
+                nonzero[single],
             )
             left, right = current.indices[one[pair]], current.indices[two[pair]]
             opposite = current.data[one[pair]] * current.data[two[pair]] > 0
@@ -248,6 +252,13 @@ def _inherited(equations: Any, origins: np.ndarray, reason: np.ndarray) -> np.nd
     theirs = reason[equations.indices]
     earliest = np.minimum.reduceat(np.where(theirs >= 0, theirs, never), equations.indptr[:-1])
     return np.where(earliest < never, earliest, origins)
+
+
+def _roots(parent: np.ndarray) -> np.ndarray:
+    """Per label, where following its parents ends."""
+    while not np.array_equal(above := parent[parent], parent):
+        parent = above
+    return parent
 
 
 def _clean(matrix: Any) -> Any:

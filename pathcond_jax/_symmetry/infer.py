@@ -7,22 +7,25 @@ than ±1, then those that only enter or only leave; the rest are neurons, groupe
 that created their labels. Whatever slices stay without a neuron are explained, axis by axis.
 """
 
+import dataclasses
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
 
 from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.trees import layer_path
-from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned
+from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, Rounded
 
 # The rules enter themselves into their table when they are imported.
 from pathcond_jax._symmetry import loops, rules, structural_rules  # noqa: F401
 from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, null_space
-from pathcond_jax._symmetry.values import Analysis, Scale, connected
+from pathcond_jax._symmetry.invariance import one_sided_slices
+from pathcond_jax._symmetry.values import Analysis, Reason, Scale, connected
 
 _MAX_PASSES = 8
 
@@ -30,15 +33,27 @@ _MAX_PASSES = 8
 _POWER, _ONE_SIDED, _TRIVIAL = 1, 2, 3
 _UNUSED = {
     _POWER: "a later parameter would have to take its scale to another power than -1",
-    _ONE_SIDED: "no other parameter could take up its scale",
+    _ONE_SIDED: "the output does not depend on its scale, which no other parameter could take up",
     _TRIVIAL: "its scale can as well sit on the parameter's other axes",
 }
 
 
-def infer(
-    graph: Graph, leaves: Sequence[Leaf]
-) -> tuple[tuple[NeuronGroup, ...], tuple[Pinned, ...]]:
-    """The neuron groups of a program, and what else may not be rescaled and why.
+class Inferred(NamedTuple):
+    """What a program lets be rescaled.
+
+    Attributes:
+      groups: the neuron groups.
+      pinned: what else may not be rescaled, and why.
+      rounded: where what neurons scale is rounded to a lower precision.
+    """
+
+    groups: tuple[NeuronGroup, ...]
+    pinned: tuple[Pinned, ...]
+    rounded: tuple[Rounded, ...]
+
+
+def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
+    """What may be rescaled in a program.
 
     Args:
       graph: the program; its first inputs are the leaves.
@@ -59,7 +74,9 @@ def infer(
         for leaf, axes in analysis.requests:
             sets = factors[leaf] | {axes}
             factors[leaf] = {s for s in sets if not any(set(s) < set(other) for other in sets)}
-    return _Reading(analysis, leaves).result()
+    reading = _Reading(analysis, leaves)
+    groups = reading.groups()
+    return Inferred(groups, tuple(reading.pinned()), tuple(reading.rounded()))
 
 
 def _separate_axes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
@@ -74,13 +91,16 @@ class _Reading:
       blocks: the label blocks of leaves.
       effects: per block, a sparse matrix (slices of the leaf, labels): the power with which each
         free log-scale multiplies each slice.
+      moved: ``effects`` with those log-scales that move entries to one side only.
       unused: per label, why it is not used although it is free, or 0.
     """
 
-    def __init__(self, analysis: Analysis, leaves: Sequence[Leaf]) -> None:
+    def __init__(
+        self, analysis: Analysis, leaves: Sequence[Leaf], without: Collection[int] = ()
+    ) -> None:
         equations = analysis.equations
         self.analysis, self.leaves = analysis, leaves
-        self.solved: Solved = equations.solve()
+        self.solved: Solved = equations.solve(without)
         self.blocks = [block for block in equations.blocks if block.leaf is not None]
         self.effects = [
             self.solved.table[b.start : b.start + math.prod(b.shape)] for b in self.blocks
@@ -90,19 +110,23 @@ class _Reading:
             self.blocks_of.setdefault(_leaf_of(block), []).append(k)
         self.unused = np.zeros(equations.count, np.int8)
         self.creator = _creators(equations)
+        self.neurons = self._neurons()
 
-    def result(self) -> tuple[tuple[NeuronGroup, ...], tuple[Pinned, ...]]:
+    def _neurons(self) -> np.ndarray:
+        """The free log-scales that are neurons; the others are marked as unused."""
         self._drop(self._trivial(), _TRIVIAL)
         for numbers in self.blocks_of.values():
             _merge_whole_leaf_effects(self.effects, numbers)
         odd = [e.indices[~np.isclose(abs(e.data), 1.0)] for e in self.effects]
         self._drop(np.unique(np.concatenate([*odd, []])).astype(int), _POWER)
+        self.moved = list(self.effects)
         sides = np.zeros((2, len(self.unused)), bool)
         for effect in self.effects:
             sides[0, effect.indices[effect.data > 0]] = True
             sides[1, effect.indices[effect.data < 0]] = True
         self._drop(np.flatnonzero(sides[0] ^ sides[1]), _ONE_SIDED)
-        return self._groups(np.flatnonzero(sides.all(axis=0))), tuple(self._pinned())
+        self.unused[~sides.any(axis=0) & (self.unused == 0)] = _TRIVIAL
+        return np.flatnonzero(sides.all(axis=0))
 
     def _drop(self, labels: np.ndarray, why: int) -> None:
         self.unused[labels] = why
@@ -136,7 +160,9 @@ class _Reading:
         rank[order] = np.arange(len(order))
         return null_space(sparse.vstack(rows, "csr"), self.solved.free, rank)
 
-    def _groups(self, neurons: np.ndarray) -> tuple[NeuronGroup, ...]:
+    def groups(self) -> tuple[NeuronGroup, ...]:
+        """The neurons by the operation that created their labels."""
+        neurons = self.neurons
         _, group = np.unique(self.creator[neurons], return_inverse=True)
         sizes = np.bincount(group) if len(neurons) else np.zeros(0, np.int64)
         first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
@@ -156,7 +182,18 @@ class _Reading:
             for k, (name, size) in enumerate(zip(names, sizes, strict=True))
         )
 
-    def _pinned(self) -> Iterable[Pinned]:
+    def rounded(self) -> Iterable[Rounded]:
+        """Where values that neurons scale lose precision."""
+        moving = np.zeros(len(self.unused), bool)
+        moving[self.neurons] = True
+        found = {
+            Rounded(str(dtype), node.operation, node.source)
+            for node, dtype, labels in self.analysis.rounded
+            if moving[self.solved.table[labels].indices].any()
+        }
+        return sorted(found, key=dataclasses.astuple)
+
+    def pinned(self) -> Iterable[Pinned]:
         """Why the remaining slices of each trainable leaf keep their scale, axis by axis."""
         for number, numbers in self.blocks_of.items():
             leaf = self.leaves[number]
@@ -174,25 +211,47 @@ class _Reading:
     def _pin(self, leaf: Leaf, axis: int | None, number: int, still: np.ndarray) -> Pinned:
         block = self.blocks[number]
         reasons = Counter(self._why(block.start + int(slice_)) for slice_ in still[:64])
-        (origin, text), _ = reasons.most_common(1)[0]
-        node = self.analysis.reasons[origin].node if origin >= 0 else None
+        reason = reasons.most_common(1)[0][0]
         count = math.prod(block.shape)
-        if len(still) < count:
-            text += f" ({len(still)} of {count} slices)"
+        part = f" ({len(still)} of {count} slices)" if len(still) < count else ""
+        node = reason.node
         operation, source = (node.operation, node.source) if node is not None else ("", "")
-        return Pinned(leaf.path, axis, operation, source, text)
+        return Pinned(leaf.path, axis, operation, source, reason.text + part, reason.summed)
 
-    def _why(self, label: int) -> tuple[int, str]:
+    def _why(self, label: int) -> Reason:
         origin = self.solved.why(label)
         if origin >= 0:
-            return origin, self.analysis.reasons[origin].text
+            reason = self.analysis.reasons[origin]
+            return reason if not reason.epsilon else self._but_for_epsilon(label, reason)
         start, stop = self.solved.table.indptr[label : label + 2]
         unused = self.unused[self.solved.table.indices[start:stop]]
         why = int(unused[unused > 0].min(initial=_TRIVIAL))
         tied = int(self.solved.tied[label])
         if why == _TRIVIAL and tied >= 0:
-            return tied, self.analysis.reasons[tied].text
-        return -1, _UNUSED[why]
+            return self.analysis.reasons[tied]
+        return Reason(_UNUSED[why], None)
+
+    def _but_for_epsilon(self, label: int, reason: Reason) -> Reason:
+        """What the program with 0 in place of each ε says about a log-scale that an ε fixes."""
+        free, one_sided = self._without_epsilon
+        start, stop = free.solved.table.indptr[label : label + 2]
+        unused = free.unused[free.solved.table.indices[start:stop]]
+        if not (unused != _TRIVIAL).any():
+            return reason
+        assert reason.node is not None
+        what = "scale-invariant" if one_sided[label] else "rescalable"
+        of = reason.node.function or reason.node.operation
+        return reason._replace(text=f"{what} but for ε = {reason.epsilon:.3g} of {of}")
+
+    @functools.cached_property
+    def _without_epsilon(self) -> tuple["_Reading", np.ndarray]:
+        """The same without any ε, and per label whether it is of a scaling that divides nothing."""
+        reasons = enumerate(self.analysis.reasons)
+        free = _Reading(self.analysis, self.leaves, {k for k, r in reasons if r.epsilon})
+        one_sided = np.zeros(len(self.unused), bool)
+        for block, found in zip(free.blocks, one_sided_slices(free.moved), strict=True):
+            one_sided[block.start : block.start + len(found)] = found
+        return free, one_sided
 
 
 def _leaf_of(block: LabelBlock) -> int:

@@ -21,6 +21,7 @@ from pathcond_jax._symmetry.values import (
     ScaleRule,
     Scope,
     Terms,
+    connected,
     expand,
     has_wild,
     mapped,
@@ -29,6 +30,9 @@ from pathcond_jax._symmetry.values import (
 )
 
 rule = RULES.rule
+
+# What is smaller is taken for a constant that only keeps a divisor from 0, in explanations.
+_EPSILON = 1e-2
 
 
 @rule("neg", "abs", "stop_gradient", "optimization_barrier", "copy", "real", "imag")
@@ -48,13 +52,38 @@ def _unscaled(scope: Scope, *scales: Scale) -> list[Terms]:
 
 def _alike(scope: Scope, scales: Sequence[Scale]) -> Terms:
     known = any(scope.is_constant(k) for k in range(len(scales)))
-    because = "with a constant fixes the scale" if known else "needs operands of one scale"
+    fixed = any(not scale.terms for scale in scales)
+    because = "meets an operand whose scale is fixed" if fixed else "needs operands of one scale"
+    because = "with a constant fixes the scale" if known else because
     return scope.equate(scales, len(scope.out_shape()), because)
 
 
-@rule("add", "sub", "add_any", "max", "min", "rem", "complex")
+@rule("sub", "min", "rem", "complex")
 def _additive(scope: Scope, *scales: Scale) -> list[Terms]:
     return [_alike(scope, scales)]
+
+
+@rule("add", "add_any", "max")
+def _sum(scope: Scope, *scales: Scale) -> list[Terms]:
+    """A sum or maximum, of which one operand may be the ε of a normalization."""
+    for k, other in ((0, 1), (1, 0)):
+        epsilon = _epsilon(scope, k)
+        if epsilon and not has_wild(scales[other].terms):
+            terms = expand(scales[other], len(scope.out_shape()))
+            because = scope.because("with a constant fixes the scale", epsilon=epsilon)
+            for group in connected(terms):
+                scope.require(group, because)
+            return [terms]
+    return [_alike(scope, scales)]
+
+
+def _epsilon(scope: Scope, k: int) -> float:
+    """The one small number that operand ``k`` is everywhere, else 0."""
+    value = scope.constant(k)
+    if value is None or not value.size or not jnp.issubdtype(value.dtype, jnp.floating):
+        return 0.0
+    low, high = float(value.min()), float(value.max())
+    return low if low == high and 0.0 < low < _EPSILON else 0.0
 
 
 @rule("eq", "ne", "ge", "gt", "le", "lt", "eq_to", "le_to", "lt_to", "atan2")

@@ -86,11 +86,11 @@ def trace_spec(
         )
     graph = trace(apply_fn, params, *inputs)
     _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
-    found, pinned = infer(graph, leaves) if groups is None else (groups, ())
+    found, pinned, rounded = infer(graph, leaves) if groups is None else (groups, (), ())
     shapes = jax.tree.map(_shape_of, inputs)
     program = _one_example(apply_fn, params, shapes, graph)
     return ArchSpec(
-        cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes
+        cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes, rounded
     )
 
 

@@ -47,10 +47,19 @@ class Scale(NamedTuple):
 
 
 class Reason(NamedTuple):
-    """Why a scale is fixed."""
+    """Why a scale is fixed.
+
+    Attributes:
+      text: in words.
+      node: the operation that fixes it; None: the network's ends.
+      summed: the operation sums over the axis that it is fixed along, or slides along it.
+      epsilon: the small constant that alone fixes it there, or 0.
+    """
 
     text: str
     node: Node | None
+    summed: bool = False
+    epsilon: float = 0.0
 
 
 ScaleRule = Callable[..., Sequence[Terms]]
@@ -78,6 +87,7 @@ class Analysis:
         self.factors = factors
         self.requests: list[tuple[int, tuple[int, ...]]] = []
         self.moved: set[tuple[int, tuple[int, ...]]] = set()
+        self.rounded: list[tuple[Node, Any, np.ndarray]] = []
         self._constants: dict[tuple[int, int], Scale] = {}
 
     def leaf(self, number: int) -> Scale:
@@ -92,18 +102,19 @@ class Analysis:
 
     def mark(self) -> tuple[Any, ...]:
         """How far the analysis is, for :meth:`forget`."""
-        return (self.equations.mark(), len(self.reasons), len(self.requests), frozenset(self.moved))
+        lists = (len(self.reasons), len(self.requests), len(self.rounded))
+        return (self.equations.mark(), lists, frozenset(self.moved))
 
     def forget(self, mark: tuple[Any, ...]) -> None:
         """Undoes what happened since ``mark``."""
-        equations, reasons, requests, moved = mark
+        equations, (reasons, requests, rounded), moved = mark
         self.equations.forget(equations)
-        del self.reasons[reasons:], self.requests[requests:]
+        del self.reasons[reasons:], self.requests[requests:], self.rounded[rounded:]
         self.moved = set(moved)
 
-    def because(self, text: str, node: Node | None) -> int:
+    def because(self, text: str, node: Node | None, **details: Any) -> int:
         """The number of a reason, by which equations remember it."""
-        reason = Reason(text, node)
+        reason = Reason(text, node, **details)
         if not self.reasons or self.reasons[-1] != reason:
             self.reasons.append(reason)
         return len(self.reasons) - 1
@@ -120,10 +131,11 @@ class Analysis:
             scope = Scope(self, graph, node)
             for number, terms in zip(node.outputs, _passed(scope, inputs), strict=True):
                 env[number] = scope.settle(inputs, number, terms)
+                scope.note_rounding(number, env[number])
         return [read(i) for i in graph.outputs]
 
     def _constant(self, graph: Graph, number: int) -> Scale:
-        """Zeros and infinities fit every scale, other constants only the scale 1."""
+        """Zeros, infinities and NaN fit every scale, other constants only the scale 1."""
         key = (id(graph), number)
         if key not in self._constants:
             known = jnp.issubdtype(graph.avals[number].dtype, jnp.inexact)
@@ -138,7 +150,7 @@ class Analysis:
 
 def _fits_every_scale(value: Any) -> np.ndarray:
     array = np.asarray(value)
-    free = (array == 0) | np.isinf(array)
+    free = (array == 0) | ~np.isfinite(array)
     for axis in range(array.ndim):
         head = np.take(free, [0], axis) if array.shape[axis] else free
         if (free == head).all():
@@ -177,9 +189,17 @@ class Scope:
         """The primitive's parameters."""
         return self.node.params
 
-    def because(self, text: str) -> int:
+    def because(self, text: str, **details: Any) -> int:
         """A reason that names this operation: ``text`` follows its name."""
-        return self.analysis.because(f"{self.node.operation} {text}", self.node)
+        return self.analysis.because(f"{self.node.operation} {text}", self.node, **details)
+
+    def note_rounding(self, output: int, scale: Scale) -> None:
+        """Notes an output with a scale whose precision is lower than that of the operands."""
+        dtypes = [self.graph.avals[k].dtype for k in (output, *self.node.inputs)]
+        bits = [jnp.finfo(d).nmant if jnp.issubdtype(d, jnp.inexact) else 0 for d in dtypes]
+        if scale.terms and 0 < bits[0] < max(bits):
+            labels = np.concatenate([np.unique(term.labels) for term in scale.terms])
+            self.analysis.rounded.append((self.node, dtypes[0], labels[labels > 0]))
 
     def require(self, terms: Iterable[Term], because: int | str) -> None:
         """Demands Σ terms = 0."""
@@ -310,6 +330,8 @@ class Scope:
             if not varies(group, axes):
                 kept += group
                 continue
+            if isinstance(because, str):
+                because = self.because(because, summed=True)
             self.ask_to_join(term for term in group if support(term))
             shape = np.broadcast_shapes(*(term.labels.shape for term in group))
             rest = tuple(1 if a in axes else n for a, n in enumerate(shape))

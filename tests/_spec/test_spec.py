@@ -56,7 +56,11 @@ class TestTable:
 
     def test_pinned(self, spec):
         _, _, below = str(spec).partition("\npinned:\n")
-        assert below.splitlines() == [f"  {entry}" for entry in spec.pinned]
+        assert below.splitlines() == [
+            "  params/Dense_0/kernel[0]: the network's input is fixed",
+            "  params/Dense_2/bias[0], params/Dense_2/kernel[1]: "
+            "the network's output must not change",
+        ]
         assert {(entry.path, entry.axis) for entry in spec.pinned} == {
             ("params/Dense_0/kernel", 0),
             ("params/Dense_2/kernel", 1),
