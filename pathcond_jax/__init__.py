@@ -4,10 +4,12 @@ from pathcond_jax import criteria
 from pathcond_jax._action.check import check_spec
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
+from pathcond_jax._action.verify import WrongSpecError
 from pathcond_jax._front.extend import Operation, Operations, operations, register_rule
 from pathcond_jax._front.init import conditioned_init, conditioned_nnx
 from pathcond_jax._front.nnx import condition_nnx, nnx_spec, nnx_variables
 from pathcond_jax._front.report import Report, Representative, report
+from pathcond_jax._front.trace import trace_spec
 from pathcond_jax._lifting.gram import (
     conditioning_score,
     gram_diagonal,
@@ -27,7 +29,7 @@ from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, SpecError
-from pathcond_jax._symmetry.trace import chain_spec, trace_spec
+from pathcond_jax._symmetry.trace import chain_spec
 from pathcond_jax._version import __version__
 from pathcond_jax.criteria import Criterion
 from pathcond_jax.theory.alignment import alignment, extremal_vectors
@@ -69,6 +71,7 @@ __all__ = [
     "Solution",
     "SpecError",
     "Status",
+    "WrongSpecError",
     "__version__",
     "alignment",
     "chain_spec",

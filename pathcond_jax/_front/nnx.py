@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from pathcond_jax._action.condition import condition
+from pathcond_jax._front.trace import trace_spec
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import leaf_path
 from pathcond_jax._spec.types import PyTree, SpecError
-from pathcond_jax._symmetry.trace import trace_spec
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class Graph:
       inputs: the ids of the arguments.
       outputs: the ids of the results.
       nodes: the operations, in an order in which they can run.
-      constants: values known when tracing.
+      constants: values known when tracing, computed by JAX when they are read.
       avals: shape and dtype of each id.
       captured: the constants computed from arrays that the function closes over.
     """
@@ -73,21 +73,13 @@ class Graph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     nodes: tuple[Node, ...]
-    constants: Mapping[int, np.ndarray | jax.Array]
+    constants: "Constants"
     avals: Mapping[int, jax.ShapeDtypeStruct]
     captured: frozenset[int] = frozenset()
 
 
-class _Deferred(NamedTuple):
-    """An operation on constants, run when a result is read."""
-
-    eqn: Any
-    inputs: list[int]
-    outputs: list[int]
-
-
-class _Constants(Mapping[int, Any]):
-    """The constants ``numbers``, out of ``values`` that may still have to be computed."""
+class Constants(Mapping[int, Any]):
+    """The constants ``numbers``, out of ``values`` some of which are operations yet to be run."""
 
     def __init__(self, values: dict[int, Any], numbers: Iterable[int]) -> None:
         self._values = values
@@ -98,13 +90,17 @@ class _Constants(Mapping[int, Any]):
             raise KeyError(number)
         return self._read(number)
 
+    def stored(self, number: int) -> Any:
+        """A constant, needed or not; or the operation on constants that makes it, yet to be run."""
+        return self._values[number]
+
     def _read(self, number: int) -> Any:
         later = self._values[number]
-        if isinstance(later, _Deferred):
+        if isinstance(later, Node):
             operands = [self._read(i) for i in later.inputs]
             with jax.ensure_compile_time_eval():
-                results = later.eqn.primitive.bind(*operands, **later.eqn.params)
-            results = results if later.eqn.primitive.multiple_results else [results]
+                results = later.primitive.bind(*operands, **later.params)
+            results = results if later.primitive.multiple_results else [results]
             self._values.update(zip(later.outputs, results, strict=True))
         return self._values[number]
 
@@ -202,7 +198,8 @@ class _Builder:
         size = sum(int(np.prod(self.avals[i].shape, dtype=np.int64)) for i in outputs)
         known = all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT
         if known and not eqn.effects and not any(map(holds_program, eqn.params.values())):
-            self.constants.update(dict.fromkeys(outputs, _Deferred(eqn, inputs, outputs)))
+            made = Node(eqn.primitive, tuple(inputs), tuple(outputs), eqn.params)
+            self.constants.update(dict.fromkeys(outputs, made))
             if self.captured.intersection(inputs):
                 self.captured.update(outputs)
             return outputs
@@ -235,6 +232,6 @@ class _Builder:
             if node.effect or alive.intersection(node.outputs):
                 kept.append(node)
                 alive.update(node.inputs)
-        constants = _Constants(self.constants, [k for k in self.constants if k in alive])
+        constants = Constants(self.constants, [k for k in self.constants if k in alive])
         captured = frozenset(self.captured)
         return Graph(inputs, outputs, tuple(reversed(kept)), constants, self.avals, captured)

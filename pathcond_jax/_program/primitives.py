@@ -78,9 +78,14 @@ def _traced_primitives() -> Iterator[Any]:
         lambda x: jnp.tile(x, 2),
         lambda x: jnp.stack([x, x]),
         jnp.unstack,
+        lambda x: jax.random.key_data(jax.random.clone(_key(x))),
     )
     for program in programs:
         yield from (eqn.primitive for eqn in jax.make_jaxpr(program)(x).jaxpr.eqns)
+
+
+def _key(x: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(x.astype(np.uint32), impl="threefry2x32")
 
 
 _CALLS = (

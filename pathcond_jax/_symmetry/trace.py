@@ -6,7 +6,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,67 +16,33 @@ from pathcond_jax._program.graph import Graph, trace
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves, layer_path
-from pathcond_jax._spec.types import Leaf, NeuronGroup, PyTree, SpecError, listed
+from pathcond_jax._spec.types import Leaf, NeuronGroup, PyTree, SpecError
 from pathcond_jax._symmetry.infer import infer
 
 
-def trace_spec(
+class Traced(NamedTuple):
+    """A spec and the program in which its groups were found.
+
+    Attributes:
+      spec: what was found.
+      graph: the program on the inputs that were given.
+    """
+
+    spec: ArchSpec
+    graph: Graph
+
+
+def infer_spec(
     apply_fn: Callable[..., Any],
     params: PyTree,
-    *inputs: PyTree,
+    inputs: Sequence[PyTree],
+    *,
     trainable: Callable[[str], bool] | PyTree | None = None,
     groups: Sequence[NeuronGroup] | None = None,
     max_pool: str = "paths",
     rescale_state: bool = False,
-    **apply_options: Any,
-) -> ArchSpec:
-    """Finds and proves what may be rescaled in a network, from its program.
-
-    Args:
-      apply_fn: ``apply_fn(params, *inputs, **apply_options) -> outputs``; any JAX function.
-      params: pytree of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
-      *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
-      trainable: which leaves may be rescaled. None: the floating ones, and only those under
-        ``"params"`` if ``params`` is a mapping with that key, and of Flax nnx variables those of
-        ``Param``; or a function of the leaf's path; or a pytree prefix of booleans.
-      groups: your own neuron groups; they are checked for shape and trusted (prove them with
-        ``check_spec``). None: inferred from the program and proved.
-      max_pool: path lifting of max pooling: ``"paths"``, an edge of weight 1 from each pooled
-        entry; or ``"max"``, the maximum of the lifted values.
-      rescale_state: also rescale floating leaves that are not trainable, such as the running
-        means of batch normalization: what inference allows and training does not, for folding
-        before quantization. They do not count in ``p``.
-      **apply_options: keyword arguments of ``apply_fn`` that are the same at every call, such as
-        ``train=False``, ``rngs=`` and ``mutable=`` of Flax linen. For one that has the name of an
-        argument above, wrap ``apply_fn`` in a function that sets it.
-
-    Returns:
-      The spec: static, printable, compared by identity.
-
-    Raises:
-      SpecError: a leaf is not an array, ``apply_fn`` does not use its parameters or does not take
-        the keyword arguments, or ``groups`` do not fit the parameters.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import pathcond_jax as pathcond
-      >>> def apply_fn(params, x):
-      ...     return jnp.maximum(x @ params["w"] + params["b"], 0.0) @ params["v"]
-      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.zeros((1, 3)), "v": jnp.ones((3, 1))}
-      >>> spec = pathcond.trace_spec(apply_fn, params, jnp.ones((1, 2)))
-      >>> spec.num_neurons, spec.num_parameters
-      (3, 12)
-    """
-    if max_pool not in ("paths", "max"):
-        raise SpecError(f'max_pool is "paths" or "max", not {max_pool!r}')
-    if not callable(apply_fn):
-        raise SpecError(
-            f"apply_fn must be a function, not of type {type(apply_fn).__name__}; the arguments "
-            "are (apply_fn, params, *inputs)"
-        )
-    if apply_options:
-        _check_options(apply_fn, apply_options)
-        apply_fn = functools.partial(apply_fn, **apply_options)
+) -> Traced:
+    """What ``trace_spec`` finds, before it is checked; the arguments are those."""
     leaves, treedef = describe_leaves(params, trainable)
     if rescale_state:
         floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -87,30 +53,12 @@ def trace_spec(
     graph = trace(apply_fn, params, *inputs)
     _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
     found, pinned, rounded = infer(graph, leaves) if groups is None else (groups, (), ())
-    shapes = jax.tree.map(_shape_of, inputs)
+    shapes = jax.tree.map(_shape_of, tuple(inputs))
     program = _one_example(apply_fn, params, shapes, graph)
-    return ArchSpec(
+    spec = ArchSpec(
         cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes, rounded
     )
-
-
-def _check_options(apply_fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """A keyword that neither ``trace_spec`` nor ``apply_fn`` knows is a slip of the pen."""
-    known = inspect.signature(apply_fn).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
-        return
-    names = [p.name for p in known if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    own = [
-        parameter.name
-        for parameter in inspect.signature(trace_spec).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    for option in options:
-        if option not in names:
-            raise SpecError(
-                f"trace_spec has no argument {option!r}, and apply_fn{_defined_at(apply_fn)} takes "
-                f"no such keyword; those of trace_spec are {listed(own)}"
-            )
+    return Traced(spec, graph)
 
 
 def _shape_of(value: Any) -> jax.ShapeDtypeStruct:
@@ -194,7 +142,8 @@ def chain_spec(params: PyTree, layers: Sequence[str]) -> ArchSpec:
         return x
 
     first = leaves[chain[0][0]]
-    return trace_spec(apply_fn, params, jax.ShapeDtypeStruct((1, first.shape[0]), first.dtype))
+    x = jax.ShapeDtypeStruct((1, first.shape[0]), first.dtype)
+    return infer_spec(apply_fn, params, [x]).spec
 
 
 def _dense_layer(
@@ -247,7 +196,7 @@ def _check_used(
                 )
     if len(idle) == len(trained):
         raise SpecError(
-            f"apply_fn{_defined_at(apply_fn)} uses none of the trainable parameters it is given, "
+            f"apply_fn{defined_at(apply_fn)} uses none of the trainable parameters it is given, "
             f"such as {leaves[idle[0]].path!r}; if it closes over them, {advice}"
         )
 
@@ -262,7 +211,7 @@ def _is_captured(constant: Any, leaf: Leaf, value: Any) -> bool:
     return bool((constant == value).all() and (value != value.flat[0]).any())
 
 
-def _defined_at(function: Callable[..., Any]) -> str:
+def defined_at(function: Callable[..., Any]) -> str:
     function = function.func if isinstance(function, functools.partial) else function
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f" at {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else ""
