@@ -24,8 +24,10 @@ def rescale(
 ) -> PyTree:
     """The group action: incoming entries × e^z, outgoing entries ÷ e^z.
 
-    The network's function does not change. In floating point it does by rounding; with scales
-    that are powers of two (``round_to_powers_of_two``) not at all.
+    Entries that take a power q of their neuron's scale (``Incidence.power``) are multiplied or
+    divided by e^{qz}. The network's function does not change. In floating point it does by
+    rounding; with scales that are powers of two (``round_to_powers_of_two``) not at all, as far as
+    the powers are integers.
 
     Args:
       params: the parameters the spec was built for, or anything of their shapes.
@@ -72,17 +74,10 @@ def rescale_buffers(
       The arrays, dtypes kept.
     """
     checked = _checked(log_scales, spec)
-    by_power = {power: _factors(checked, power) for power in {power for _, _, power in buffers}}
+    factors_of = {power: _by_path(checked, spec, power) for power in {p for _, _, p in buffers}}
     rescaled = []
     for value, position, power in buffers:
-        path, (incoming, outgoing) = spec.leaves[position].path, by_power[power]
-        factors = [
-            _along_leaf(incidence, factor, spec)
-            for group, *sides in zip(spec.groups, incoming, outgoing, strict=True)
-            for factor, incidences in zip(sides, (group.incoming, group.outgoing), strict=True)
-            for incidence in incidences
-            if incidence.path == path
-        ]
+        factors = factors_of[power].get(spec.leaves[position].path)
         rescaled.append(_multiplied(value, factors) if factors else value)
     return rescaled
 
@@ -118,13 +113,7 @@ def _rescaled(
     values: list[jax.Array], log_scales: list[jax.Array], *, spec: ArchSpec, power: int
 ) -> list[jax.Array]:
     """The leaves that neurons meet, in the order of the spec, each times its factors."""
-    by_path: dict[str, list[_Factor]] = {}
-    incoming, outgoing = _factors(log_scales, power)
-    for group, *sides in zip(spec.groups, incoming, outgoing, strict=True):
-        for factor, incidences in zip(sides, (group.incoming, group.outgoing), strict=True):
-            for incidence in incidences:
-                along = _along_leaf(incidence, factor, spec)
-                by_path.setdefault(incidence.path, []).append(along)
+    by_path = _by_path(log_scales, spec, power)
     paths = [leaf.path for leaf in spec.leaves if leaf.path in by_path]
     return [_multiplied(value, by_path[path]) for path, value in zip(paths, values, strict=True)]
 
@@ -162,18 +151,39 @@ def _nearest_power(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return k, k * log_two
 
 
-def _factors(log_scales: list[jax.Array], power: int) -> list[list[_Factor]]:
-    """What the entries that enter and that leave the neurons of each group are multiplied by."""
+def _by_path(log_scales: list[jax.Array], spec: ArchSpec, power: int) -> dict[str, list[_Factor]]:
+    """The factors to a power of each leaf that neurons meet, laid out to broadcast against it."""
+    met = [
+        (number, sign * power * incidence.power, incidence)
+        for number, group in enumerate(spec.groups)
+        for sign, incidences in ((1, group.incoming), (-1, group.outgoing))
+        for incidence in incidences
+    ]
+    factors = _factors(log_scales, list(dict.fromkeys(taken for _, taken, _ in met)))
+    by_path: dict[str, list[_Factor]] = {}
+    for number, taken, incidence in met:
+        along = _along_leaf(incidence, factors[taken][number], spec)
+        by_path.setdefault(incidence.path, []).append(along)
+    return by_path
+
+
+def _factors(log_scales: list[jax.Array], powers: list[float]) -> dict[float, list[_Factor]]:
+    """The scales of each group, to each of some powers."""
     if not log_scales:
-        return [[], []]
+        return {}
     # All groups at once, which XLA compiles much faster than one after the other.
     dtype = compute_dtype(*(z.dtype for z in log_scales))
     all_groups = _factor(concatenated(log_scales, dtype))
     sizes = [z.size for z in log_scales]
-    return [
-        [_Factor(*parts) for parts in zip(*(by_group(a, sizes) for a in factor), strict=True)]
-        for factor in (_to_power(all_groups, power), _to_power(all_groups, -power))
-    ]
+    return {
+        power: [
+            _Factor(*parts)
+            for parts in zip(
+                *(by_group(a, sizes) for a in _to_power(all_groups, power)), strict=True
+            )
+        ]
+        for power in powers
+    }
 
 
 def _factor(z: jax.Array) -> _Factor:
@@ -185,7 +195,14 @@ def _factor(z: jax.Array) -> _Factor:
     return _Factor(jnp.exp(rest), k.astype(jnp.int32))
 
 
-def _to_power(factor: _Factor, power: int) -> _Factor:
+def _to_power(factor: _Factor, power: float) -> _Factor:
+    if not float(power).is_integer():
+        exponent = power * factor.exponent.astype(factor.mantissa.dtype)
+        whole = jnp.round(exponent)
+        mantissa = factor.mantissa**power * jnp.exp2(exponent - whole)
+        return _Factor(mantissa, whole.astype(jnp.int32))
+    # An integer power leaves a scale that is a power of two one.
+    power = int(power)
     mantissa = factor.mantissa ** abs(power)
     return _Factor(mantissa if power > 0 else 1 / mantissa, power * factor.exponent)
 

@@ -268,7 +268,7 @@ class Rule:
         for group, z in zip(self._spec.groups, log_scales, strict=True):
             for sign, side in ((-1, group.incoming), (1, group.outgoing)):
                 for incidence in side:
-                    taken = sign * z[np.maximum(incidence.index, 0)]
+                    taken = sign * incidence.power * z[np.maximum(incidence.index, 0)]
                     most = jnp.where(incidence.index >= 0, taken, 0).max(initial=0)
                     shrink[incidence.path] = shrink.get(incidence.path, jnp.zeros_like(most)) + most
         for path, most in shrink.items():

@@ -10,7 +10,7 @@ from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
 from pathcond_jax._solve.flat_objective import Problem, Run
-from pathcond_jax._solve.one_neuron import Neurons, log_x, neurons_at
+from pathcond_jax._solve.one_neuron import Neurons, log_masses, log_x, neurons_at
 from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.spec import ArchSpec
 
@@ -110,17 +110,18 @@ def _block_step(problem: Problem, table: Table, color: Color, z: jax.Array) -> j
     """
     sums = flat_objective.log_sums(problem, table, 0, z)
     moving, factor = problem.box.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
-    neurons = neurons_at(problem, sums.out, sums.into, z)
+    neurons = neurons_at(problem, sums.met, z, powers=table.powers)
     neurons = neurons._replace(
         tilt=neurons.tilt / factor,
         alive=moving,
         low=factor * neurons.low,
         high=factor * neurons.high,
     )
-    mass = jnp.where(moving, jnp.exp(sums.out) + jnp.exp(sums.into), 0).sum()
+    mass = jnp.where(moving, functools.reduce(jnp.add, map(jnp.exp, sums.met)), 0).sum()
     rest = _untouched(table, moving, jnp.exp(sums.positions))
     rest = jnp.where(color.joined, jnp.maximum(2 - mass, 0), rest)
-    return problem.box.clip(z + _together(neurons, rest) / (factor * problem.exponents[0]))
+    moved = _together(neurons, rest, table.powers)
+    return problem.box.clip(z + moved / (factor * problem.exponents[0]))
 
 
 def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
@@ -140,23 +141,24 @@ def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
     return rest
 
 
-def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
+def _together(neurons: Neurons, rest: jax.Array, powers: tuple[float, ...]) -> jax.Array:
     """log x of neurons that share only S and move at once.
 
     S solves ``S = D + Σ_h B_h x_h(S) + C_h / x_h(S)``. The right side grows more slowly than S,
-    so there is one root; Newton's steps on its logarithm are kept inside a bracket.
+    so there is one root; Newton's steps on its logarithm are kept inside a bracket. (With powers p,
+    the masses at x are B x^p and C / x^p. By Cauchy and Schwarz all of this remains.)
     """
     log_rest = jnp.log(rest)
     gain = jnp.log(jnp.abs(neurons.tilt))
 
     def grown(total: jax.Array) -> tuple[jax.Array, jax.Array]:
-        at = log_x(neurons, total)
-        mass = jnp.logaddexp(neurons.out + at, neurons.into - at)
+        at = log_x(neurons, total, powers)
+        mass, curvature = log_masses(neurons, at, powers)
         mass = jnp.where(neurons.alive, mass, -jnp.inf)
         value = stacks.logsumexp(jnp.append(mass, log_rest))
-        # d mass / d log S = (tilt S)² / mass where x is not held by the box.
+        # d mass / d log S = (tilt S)² / curvature where x is not held by the box.
         free = (mass > -jnp.inf) & (at > neurons.low) & (at < neurons.high)
-        slope = jnp.where(free, jnp.exp(2 * (gain + total) - mass - value), 0).sum()
+        slope = jnp.where(free, jnp.exp(2 * (gain + total) - curvature - value), 0).sum()
         return value - total, jnp.clip(slope, 0, 1)
 
     def body(state: tuple) -> tuple:
@@ -177,4 +179,4 @@ def _together(neurons: Neurons, rest: jax.Array) -> jax.Array:
     infinity = jnp.full_like(rest, jnp.inf)
     start = (jnp.zeros_like(rest), -infinity, infinity, infinity, jnp.zeros((), jnp.int32))
     total = lax.while_loop(unfinished, body, start)[0]
-    return log_x(neurons, total)
+    return log_x(neurons, total, powers)

@@ -291,7 +291,7 @@ def _visit(
     logs = _all_slice_logs(apart, s, z) - total
     segments = jnp.concatenate([jnp.zeros((0,), jnp.int32), *(met.segments for met in visit.apart)])
     sums = stacks.segment_logsumexp(logs, segments, 2 * size + 1)
-    neurons = neurons_at(problem, sums[:size], sums[size:-1], z, visit.start)
+    neurons = neurons_at(problem, (sums[:size], sums[size:-1]), z, visit.start)
     touched = jnp.asarray([met.piece for met in visit.apart], jnp.int32)
     if joined:
         moved = _one_by_one(problem, joined, neurons, total, visit.start, z)

@@ -1,6 +1,7 @@
 """Equal ranges: the fixed point at which incoming and outgoing maxima of every neuron agree."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ class RangeProblem(NamedTuple):
 
     Attributes:
       masses: the equilibrated largest absolute weights.
-      given: (H,), the logarithms of the incoming ranges at z = 0; None: those of the masses.
+      given: (H,), the logarithms of the incoming ranges at z = 0; None: those of the masses. They
+        are of what the outgoing weights read, and take their power of the scale.
       alpha: α.
       box: where z may be.
     """
@@ -33,10 +35,53 @@ class RangeProblem(NamedTuple):
 
     def gaps(self, table: Table, z: jax.Array) -> jax.Array:
         """``(1 − α) log out − α log in``, 0 for neurons that lack either."""
-        out, into = _log_ranges(self.masses, table, z)
-        into = into if self.given is None else self.given + z
+        outs, intos, _ = self._ranges(table, z)
+        out, into = (functools.reduce(jnp.maximum, side) for side in (outs, intos))
         gap = (1 - self.alpha) * out - self.alpha * into
-        return jnp.where(self.box.finite & jnp.isfinite(gap), gap, 0)
+        return self._known(gap)
+
+    def steps(self, table: Table, z: jax.Array) -> jax.Array:
+        """By how much each log-scale has to change for its gap to close, were the others to stay.
+
+        With powers, ``(1 − α) max_p (log out_p − p δ) = α max_q (log in_q + q δ)``. Each pair of one
+        power of either side has its δ. What falls with δ is the largest of the p, so that the p of
+        the largest δ decides; what grows is the largest of the q, of which the least δ decides.
+        """
+        if table.powers == (1.0,):
+            return self.gaps(table, z)
+        outs, intos, powers = self._ranges(table, z)
+        roots = []
+        for into, q in zip(intos, powers, strict=True):
+            pairs = [
+                ((1 - self.alpha) * out - self.alpha * into) / ((1 - self.alpha) * p + self.alpha * q)
+                for p, out in zip(table.powers, outs, strict=True)
+            ]
+            there = [
+                jnp.where(out > -jnp.inf, pair, -jnp.inf)
+                for out, pair in zip(outs, pairs, strict=True)
+            ]
+            root = functools.reduce(jnp.maximum, there)
+            roots.append(jnp.where(into > -jnp.inf, root, jnp.inf))
+        return self._known(functools.reduce(jnp.minimum, roots))
+
+    def _ranges(self, table: Table, z: jax.Array) -> tuple[Any, ...]:
+        """Outgoing and incoming logarithms by power, and the powers of the incoming ones."""
+        met = _log_ranges(self.masses, table, z)
+        if self.given is None:
+            return met[::2], met[1::2], table.powers
+        if table.powers == (1.0,):
+            return met[::2], (self.given + z,), table.powers
+        power = functools.reduce(
+            jnp.maximum,
+            [
+                jnp.where(out > -jnp.inf, jnp.full_like(z, p), 0)
+                for p, out in zip(table.powers, met[::2], strict=True)
+            ],
+        )
+        return met[::2], (self.given + power * z,), (power,)
+
+    def _known(self, values: jax.Array) -> jax.Array:
+        return jnp.where(self.box.finite & jnp.isfinite(values), values, 0)
 
 
 def make(ranges: Ranges, spec: ArchSpec, limit: jax.Array) -> RangeProblem:
@@ -76,7 +121,7 @@ def fixed_point(
         for mask, joined in zip(*sets, strict=True):
             # Where neurons of a color meet on an edge, whole steps could go back and forth.
             length = 0.5 if joined else 1.0
-            z = problem.box.clip(jnp.where(mask, z + length * problem.gaps(table, z), z))
+            z = problem.box.clip(jnp.where(mask, z + length * problem.steps(table, z), z))
         return z, jnp.abs(z - before).max(), step + 1
 
     infinity = jnp.full((), jnp.inf, z.dtype)
@@ -91,7 +136,7 @@ def fixed_point(
     return Run(z, steps, products, moved <= tol, infinity, largest, norm)
 
 
-def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, ...]:
     """The logarithms of the largest outgoing and of the largest incoming weight: (H,) each."""
     exponents = masses.logs - stacks.spread(table, z)
     maxima = []

@@ -1,5 +1,6 @@
 """A criterion on the flat vector of all neurons, as the solvers see it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,14 +107,13 @@ class Sums(NamedTuple):
 
     Attributes:
       total: log S.
-      out: (H,) logarithms of the outgoing mass of each neuron over S.
-      into: the same for the incoming mass.
+      met: (H,) logarithms of the outgoing mass of each neuron over S, then of the incoming mass;
+        the same again for each further power of ``table.powers``.
       positions: logarithms of the sums over rows and columns over S.
     """
 
     total: jax.Array
-    out: jax.Array
-    into: jax.Array
+    met: tuple[jax.Array, ...]
     positions: jax.Array
 
 
@@ -195,7 +195,7 @@ def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
     exponents = masses.logs + problem.exponents[term] * stacks.spread(table, z)
     logs = stacks.log_sums(masses, table, exponents)
     total = stacks.logsumexp(jnp.where(table.is_row, logs, -jnp.inf))
-    return Sums(total, *stacks.collect_log(table, logs - total), logs - total)
+    return Sums(total, stacks.collect_log(table, logs - total), logs - total)
 
 
 def value(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
@@ -215,7 +215,7 @@ def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[ja
         sums = log_sums(problem, table, k, z)
         value = value + w * sums.total
         # A term without any mass is −inf wherever z is; it has no share of mass to speak of.
-        shares = jnp.exp(sums.out) - jnp.exp(sums.into)
+        shares = stacks.differences(table, tuple(map(jnp.exp, sums.met)))
         gradient = gradient + w * s * jnp.where(sums.total > -jnp.inf, shares, 0)
     return value, gradient
 
@@ -234,7 +234,14 @@ def _alive(
     rising, falling = jnp.zeros_like(linear), jnp.zeros_like(linear)
     for slope, term in zip(slopes, masses, strict=True):
         present = (term.logs > -jnp.inf).astype(linear.dtype)
-        out, into = (jnp.minimum(side, 1) for side in stacks.collect(table, present))
+        met = [jnp.minimum(side, 1) for side in stacks.collect(table, present)]
+        out, into = (_furthest(table, side) for side in (met[::2], met[1::2]))
         up, down = jnp.where(slope > 0, out, into), jnp.where(slope > 0, into, out)
         rising, falling = rising + jnp.abs(slope) * up, falling + jnp.abs(slope) * down
     return (rising > jnp.maximum(linear, 0)) & (falling > jnp.maximum(-linear, 0))
+
+
+def _furthest(table: Table, present: list[jax.Array]) -> jax.Array:
+    """The largest of the powers that are present: far out, its masses outgrow the others."""
+    pairs = zip(table.powers, present, strict=True)
+    return functools.reduce(jnp.maximum, [some if p == 1 else p * some for p, some in pairs])

@@ -14,13 +14,14 @@ class Link(NamedTuple):
 
     Attributes:
       group: position in ``spec.groups``.
-      sign: −1 where the axis enters the neurons, +1 where it leaves them (the entry of B).
+      entry: the entry of B: minus the power of their scale that the slices take where the axis
+        enters the neurons, plus that power where it leaves them.
       neurons: integer array (batch, size), the neuron of each slice or -1; None: slice k is
         neuron k.
     """
 
     group: int
-    sign: int
+    entry: float
     neurons: np.ndarray | None
 
 
@@ -62,7 +63,8 @@ class Layout(NamedTuple):
     Attributes:
       sizes: the size of each group.
       blocks: the reduced arrays.
-      surplus: per group, outgoing minus incoming entries of each neuron: the column sums of B.
+      surplus: per group, outgoing minus incoming entries of each neuron, each counted as often as
+        its power says: the column sums of B.
     """
 
     sizes: tuple[int, ...]
@@ -81,20 +83,21 @@ def layout(spec: ArchSpec) -> Layout:
     """
     surplus = [np.zeros(group.size) for group in spec.groups]
     blocks: dict[object, Block] = {}
-    by_path: dict[str, list[tuple[int, int, Incidence]]] = {}
+    by_path: dict[str, list[tuple[int, float, Incidence]]] = {}
     for number, group in enumerate(spec.groups):
         for sign, incidences in ((-1, group.incoming), (1, group.outgoing)):
             for incidence in incidences:
-                by_path.setdefault(incidence.path, []).append((number, sign, incidence))
+                met = (number, sign * incidence.power, incidence)
+                by_path.setdefault(incidence.path, []).append(met)
     for number, leaf in enumerate(spec.leaves):
         if not leaf.trainable or leaf.size == 0:
             continue
-        met = by_path.get(leaf.path, [])
-        for group_number, sign, incidence in met:
+        here = by_path.get(leaf.path, [])
+        for group_number, entry, incidence in here:
             per_slice = leaf.size // max(incidence.index.size, 1)
             present = incidence.index[incidence.index >= 0]
-            np.add.at(surplus[group_number], present, sign * per_slice)
-        key, block = _leaf_block(number, leaf, met, spec)
+            np.add.at(surplus[group_number], present, entry * per_slice)
+        key, block = _leaf_block(number, leaf, here, spec)
         if key in blocks:
             block = blocks[key]._replace(sources=blocks[key].sources + block.sources)
         blocks[key] = block
@@ -102,7 +105,7 @@ def layout(spec: ArchSpec) -> Layout:
 
 
 def _leaf_block(
-    number: int, leaf: Leaf, met: list[tuple[int, int, Incidence]], spec: ArchSpec
+    number: int, leaf: Leaf, met: list[tuple[int, float, Incidence]], spec: ArchSpec
 ) -> tuple[object, Block]:
     batch, rows, cols = _roles([i.axes for _, _, i in met])
     on_rows = [set(incidence.axes) <= {*batch, *rows} for _, _, incidence in met]
@@ -144,12 +147,12 @@ def _roles(axes: list[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...
 
 def _link(
     group: int,
-    sign: int,
+    entry: float,
     incidence: Incidence,
     batch: tuple[int, ...],
     side: tuple[int, ...],
     leaf: Leaf,
-) -> tuple[int, int, np.ndarray]:
+) -> tuple[int, float, np.ndarray]:
     """The neuron of each (batch, slice) pair of one side."""
     axes = batch + side
     order = sorted(range(len(incidence.axes)), key=lambda k: axes.index(incidence.axes[k]))
@@ -158,13 +161,13 @@ def _link(
     full = np.broadcast_to(index.reshape(shape), [leaf.shape[a] for a in axes])
     return (
         group,
-        sign,
+        entry,
         full.reshape(int(np.prod([leaf.shape[a] for a in batch], dtype=np.int64)), -1),
     )
 
 
 def _compress(
-    links: list[tuple[int, int, np.ndarray]], spec: ArchSpec
+    links: list[tuple[int, float, np.ndarray]], spec: ArchSpec
 ) -> tuple[Axis, np.ndarray | None]:
     """Merges the slices of a side that belong to the same neurons.
 
@@ -183,16 +186,16 @@ def _compress(
         unique, inverse = np.unique(table, axis=0, return_inverse=True)
         if len(unique) < len(table):
             segments = inverse.reshape(-1).astype(np.int32)
-            links = [(g, s, unique[None, :, k]) for k, (g, s, _) in enumerate(links)]
+            links = [(g, b, unique[None, :, k]) for k, (g, b, _) in enumerate(links)]
     made = []
-    for group, sign, index in links:
+    for group, entry, index in links:
         identity = np.arange(spec.groups[group].size)[None]
-        made.append(Link(group, sign, None if np.array_equal(index, identity) else index))
+        made.append(Link(group, entry, None if np.array_equal(index, identity) else index))
     return Axis(links[0][2].shape[1], tuple(made)), segments
 
 
 def _key(axis: Axis) -> object:
     return axis.size, tuple(
-        (k.group, k.sign, None if k.neurons is None else (k.neurons.shape, k.neurons.tobytes()))
+        (k.group, k.entry, None if k.neurons is None else (k.neurons.shape, k.neurons.tobytes()))
         for k in axis.links
     )

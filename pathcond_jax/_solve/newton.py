@@ -210,11 +210,12 @@ def _evaluate(
         total = stacks.log_total(masses, table, exponents)
         probabilities = stacks.normalized(masses, table, exponents, total)
         marginals = stacks.matvecs(probabilities, table, jnp.ones_like(exponents))
-        out, into = stacks.collect(table, marginals)
-        terms.append(Softmax(total, probabilities, marginals, out - into))
+        met = stacks.collect(table, marginals)
+        mean = stacks.differences(table, met)
+        terms.append(Softmax(total, probabilities, marginals, mean))
         value = value + w * total
-        gradient = gradient + w * s * (out - into)
-        diagonal = diagonal + w * s * s * (out + into)
+        gradient = gradient + w * s * mean
+        diagonal = diagonal + w * s * s * stacks.squares(table, met)
     smooth, gradient = (jnp.where(problem.box.alive, part, 0) for part in (smooth, gradient))
     return Iterate(z, value, gradient, smooth, tuple(terms)), diagonal, product
 
@@ -226,8 +227,8 @@ def _hessian_product(
     shifts, result = stacks.spread(table, v), jnp.zeros_like(v)
     for w, s, term in zip(problem.weights, problem.exponents, terms, strict=True):
         image = term.marginals * shifts + stacks.matvecs(term.probabilities, table, shifts)
-        out, into = stacks.collect(table, image)
-        result = result + w * s * s * (out - into - term.mean * jnp.dot(term.mean, v))
+        pulled = stacks.differences(table, stacks.collect(table, image))
+        result = result + w * s * s * (pulled - term.mean * jnp.dot(term.mean, v))
     return result
 
 

@@ -39,7 +39,7 @@ from pathcond_jax._spec.types import PyTree, SpecError
 def default_limit(spec: ArchSpec) -> float:
     """The box without ``max_log_scale``: two neurons of one entry keep it in its dtype's range."""
     largest = min(float(jnp.finfo(leaf.dtype).max) for leaf in spec.leaves if leaf.trainable)
-    return 0.45 * float(np.log(largest))
+    return 0.45 * float(np.log(largest)) / max(spec.powers)
 
 
 class Method(NamedTuple):
@@ -54,6 +54,7 @@ class Method(NamedTuple):
       tol: the tolerance for each bit width of the dtype.
       limit: the limit of the box where neither the caller nor the goal has one.
       one_term: whether it treats nothing but a single logarithm.
+      power_one: whether its closed form needs entries that take no other power of their scale.
     """
 
     goal: type
@@ -64,6 +65,7 @@ class Method(NamedTuple):
     tol: dict[int, float]
     limit: Callable[[ArchSpec], float] = default_limit
     one_term: bool = False
+    power_one: bool = False
 
 
 _minimizer = functools.partial(Method, Objective, flat_objective.make, flat_objective.value)
@@ -72,7 +74,9 @@ _minimizer = functools.partial(Method, Objective, flat_objective.make, flat_obje
 METHODS = {
     "newton": _minimizer(newton.newton, 50, {32: 1e-5, 64: 1e-8}),
     "block": _minimizer(block.block, 100, {32: 1e-2, 64: 1e-6}, one_term=True),
-    "coordinate": _minimizer(coordinate.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True),
+    "coordinate": _minimizer(
+        coordinate.coordinate, 10, {32: 1e-2, 64: 1e-2}, one_term=True, power_one=True
+    ),
     "fixed_point": Method(
         Ranges,
         equal_ranges.make,
@@ -109,7 +113,8 @@ def solve(
       spec: the architecture.
       method: ``"newton"``, all neurons at once by Newton's method with conjugate gradients;
         ``"block"``, exact minima over whole groups in turn; ``"coordinate"``, the paper's sweeps
-        over single neurons. The last two minimize a single logarithm, and no sums of criteria.
+        over single neurons, where all entries take their scale to the power 1. The last two
+        minimize a single logarithm, and no sums of criteria.
         Equal ranges have ``"fixed_point"``. None: the first of these that fits, ``"newton"`` for
         a Gram diagonal.
       max_steps: at most so many Newton steps (None: 50) or sweeps (None: 100 for ``"block"``, 10,
@@ -153,6 +158,7 @@ def solve(
     if not spec.num_neurons:
         raise SpecError(no_neuron(spec))
     name = _method_name(method, type(gram) if isinstance(gram, Goal) else Objective)
+    _check_powers(spec, name)
     limits = [_nonnegative("max_log_scale", max_log_scale)]
     if isinstance(gram, Goal):
         _check_goal(gram, name, limits)
@@ -184,6 +190,22 @@ def _method_name(method: str | None, goal: type) -> str:
         what = unfit if method in METHODS else f"unknown method {method!r}"
         raise SpecError(f"{what}; there are {', '.join(map(repr, fitting))}")
     return method
+
+
+def _check_powers(spec: ArchSpec, method: str) -> None:
+    if not METHODS[method].power_one or spec.powers == (1.0,):
+        return
+    name, incidence = next(
+        (group.name, incidence)
+        for group in spec.groups
+        for incidence in (*group.incoming, *group.outgoing)
+        if incidence.power != 1
+    )
+    raise SpecError(
+        f"method {method!r} has a closed form for entries that take their neuron's scale to the "
+        f"power 1, and in group {name!r} {incidence.path!r} takes the power {incidence.power:g}; "
+        "use method='newton' or method='block'"
+    )
 
 
 def _nonnegative(name: str, value: Any) -> Any:

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     Attributes:
       block: position in ``layout(spec).blocks``.
       shape: (batch, rows, cols) in its stack, where zeros may follow the rows and the columns.
-      rows: integer (slots, batch, rows), positions in ``[z, −z, 0]`` whose sum is (Bz) of a row.
+      rows: integer (slots, batch, rows), positions in :func:`signed` z whose sum is (Bz) of a row.
       cols: the same for columns.
       picked: index arrays of the entries that make up this piece; None: all of the block.
       cleared: index arrays of the entries that other pieces hold.
@@ -58,18 +58,21 @@ class Table(NamedTuple):
 
     Attributes:
       size: H, the number of neurons.
+      powers: P different powers of scales that entries take; (1.0,) in a ReLU network.
       starts: where each group begins in the flat vector of neurons; ends with H.
       stacks: pieces brought to one (rows, cols) shape, concatenated along the batch axis.
       shapes: the shape of each stack.
-      slots: integer (slots, positions) into ``[z, −z, 0]``, whose sum is what a position adds
+      slots: integer (slots, positions) into :func:`signed` z, whose sum is what a position adds
         to (Bz). Positions are the rows of the first stack, its columns, the rows of the second.
-      places: the positions that leave each neuron, and those that enter it, as rows of integer
-        arrays (some of 2H, most); the number of positions where there are fewer. Rows of similar
-        length share an array.
-      order: integer (2H,), where each is among all rows: the outgoing ones of all neurons first.
+      places: the positions that leave each neuron, and those that enter it, of each power, as rows
+        of integer arrays (some of 2PH, most); the number of positions where there are fewer. Rows
+        of similar length share an array.
+      order: integer (2PH,), where each is among all rows: of each power the outgoing ones of all
+        neurons first.
     """
 
     size: int
+    powers: tuple[float, ...]
     starts: tuple[int, ...]
     stacks: tuple[tuple[Piece, ...], ...]
     shapes: tuple[tuple[int, int, int], ...]
@@ -113,19 +116,25 @@ Stacks = tuple[tuple[jax.Array, jax.Array], ...]
 def table(spec: ArchSpec) -> Table:
     """The arrangement of the blocks of ``spec``."""
     starts = tuple(int(n) for n in np.cumsum([0, *layout(spec).sizes]))
-    pieces = [p for k, b in enumerate(layout(spec).blocks) for p in _pieces(k, b, starts)]
+    count = 2 * len(spec.powers) * starts[-1]
+    pieces = [
+        piece
+        for number, block in enumerate(layout(spec).blocks)
+        for piece in _pieces(number, block, spec.powers, starts)
+    ]
     depth = max(slots.shape[0] for piece in pieces for slots in (piece.rows, piece.cols))
-    stacks = _merged(pieces, depth, 2 * starts[-1])
+    stacks = _merged(pieces, depth, count)
     sides = [
         [getattr(piece, side).reshape(depth, -1) for piece in stack]
         for stack in stacks
         for side in ("rows", "cols")
     ]
     slots = np.concatenate([slots for side in sides for slots in side], 1)
-    places, order = _places(slots, 2 * starts[-1])
+    places, order = _places(slots, count)
     # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
     return Table(
         size=starts[-1],
+        powers=spec.powers,
         starts=starts,
         stacks=stacks,
         shapes=tuple((sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks),
@@ -157,31 +166,34 @@ def equilibrate(stacks: Stacks, valid: jax.Array) -> Masses:
     return Masses(tuple(values for values, _, _ in parts), join_sides(logs))
 
 
-def signed(z: jax.Array) -> jax.Array:
-    """``[z, −z, 0]``, which slots index."""
-    return jnp.concatenate([z, -z, jnp.zeros((1,), z.dtype)])
+def signed(z: jax.Array, powers: tuple[float, ...] = (1.0,)) -> jax.Array:
+    """``[z, −z, 0]``, which slots index; with powers ``[z, −z, 2z, −2z, 0]``."""
+    multiples = [z if power == 1 else power * z for power in powers]
+    both = [side for multiple in multiples for side in (multiple, -multiple)]
+    return jnp.concatenate([*both, jnp.zeros((1,), z.dtype)])
 
 
 def spread(table: Table, z: jax.Array) -> jax.Array:
     """What each position adds to (Bz)."""
-    return signed(z)[table.slots].sum(0)
+    return signed(z, table.powers)[table.slots].sum(0)
 
 
 def spread_any(table: Table, chosen: jax.Array) -> jax.Array:
     """Whether each position meets any of the chosen neurons; ``chosen`` is boolean (H,)."""
-    extended = jnp.concatenate([chosen, chosen, jnp.zeros((1,), bool)])
+    both = [chosen] * (2 * len(table.powers))
+    extended = jnp.concatenate([*both, jnp.zeros((1,), bool)])
     return extended[table.slots].any(0)
 
 
 def groups_of(slots: np.ndarray, table: Table) -> np.ndarray:
-    """The groups whose neurons are among positions in ``[z, −z, 0]``."""
-    neurons = slots[slots < 2 * table.size] % table.size
+    """The groups whose neurons are among positions in :func:`signed` z."""
+    neurons = slots[slots < 2 * len(table.powers) * table.size] % table.size
     return np.unique(np.searchsorted(table.starts, neurons, side="right") - 1)
 
 
 def over_neurons(
     table: Table, values: jax.Array, empty: float, reduce: Callable[[jax.Array], jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Reduces over the positions that leave and over those that enter each neuron.
 
     Args:
@@ -191,21 +203,36 @@ def over_neurons(
       reduce: from (neurons, positions of each) to (neurons,).
 
     Returns:
-      Two arrays (H,).
+      Two arrays (H,), as many for each further power.
     """
     # Rows of `places` are padded with the number of positions: that entry is the empty one.
     extended = jnp.append(values, jnp.full((1,), empty, values.dtype))
     parts = [reduce(extended[places]) for places in table.places]
     both = parts[0] if len(parts) == 1 else jnp.concatenate(parts)[table.order]
-    return both[: table.size], both[table.size :]
+    ends = range(table.size, both.size + 1, table.size)
+    return tuple(both[end - table.size : end] for end in ends)
 
 
-def collect(table: Table, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def collect(table: Table, values: jax.Array) -> tuple[jax.Array, ...]:
     """Sums over the positions that leave and over those that enter each neuron: two of (H,)."""
     return over_neurons(table, values, 0, lambda met: met.sum(1))
 
 
-def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, jax.Array]:
+def differences(table: Table, collected: tuple[jax.Array, ...]) -> jax.Array:
+    """``Bᵀ values`` (H,) of what :func:`collect` made of values: out − into, times their power."""
+    pairs = zip(table.powers, collected[::2], collected[1::2], strict=True)
+    parts = [out - into if p == 1 else p * (out - into) for p, out, into in pairs]
+    return functools.reduce(jnp.add, parts)
+
+
+def squares(table: Table, collected: tuple[jax.Array, ...]) -> jax.Array:
+    """The same with B squared, entry by entry: out + into, times the square of their power."""
+    pairs = zip(table.powers, collected[::2], collected[1::2], strict=True)
+    parts = [out + into if p == 1 else p**2 * (out + into) for p, out, into in pairs]
+    return functools.reduce(jnp.add, parts)
+
+
+def collect_log(table: Table, logs: jax.Array) -> tuple[jax.Array, ...]:
     """The logarithms of :func:`collect` of exp(logs)."""
     return over_neurons(table, logs, -jnp.inf, lambda met: logsumexp(met, 1))
 
@@ -322,7 +349,9 @@ def _equilibrated(
     return values, jnp.log(rows[:, :, 0]) + logs[:, None], jnp.log(cols[:, 0, :])
 
 
-def _pieces(number: int, block: Block, starts: tuple[int, ...]) -> list[Piece]:
+def _pieces(
+    number: int, block: Block, powers: tuple[float, ...], starts: tuple[int, ...]
+) -> list[Piece]:
     """A block as pieces in each of which (Bz) of an entry is its row's plus its column's.
 
     In one layer whose neurons both read and write a stream, x + W x or a recurrent kernel, entry
@@ -332,41 +361,50 @@ def _pieces(number: int, block: Block, starts: tuple[int, ...]) -> list[Piece]:
     entries that keep what their row and column carry besides the opposite pair. (In a block of
     several links per side each pair of opposite positions is looked for apart.)
     """
-    size = starts[-1]
+    size, empty_slot = starts[-1], 2 * len(powers) * starts[-1]
     rows, cols = (
-        _slots(axis.links, (block.batch, axis.size), starts) for axis in (block.rows, block.cols)
+        _slots(axis.links, (block.batch, axis.size), powers, starts)
+        for axis in (block.rows, block.cols)
     )
     picked = []
     for i, row in enumerate(rows):
         for j, col in enumerate(cols):
-            entries = _opposite(row, col, size)
+            entries = _opposite_entries(row, col, size, empty_slot)
             if entries[0].size:
                 batch, r, c = entries
                 left = [s[batch, r] for s in np.delete(rows, i, 0)]
                 left += [s[batch, c] for s in np.delete(cols, j, 0)]
-                left += [np.full(batch.shape, 2 * size)]
-                empty = np.full((1, 1, 1), 2 * size)
+                left += [np.full(batch.shape, empty_slot)]
+                empty = np.full((1, 1, 1), empty_slot)
                 shape = (1, batch.size, 1)
                 picked.append(Piece(number, shape, np.array(left)[:, None], empty, picked=entries))
     cleared = tuple(piece.picked for piece in picked if piece.picked is not None)
     return [Piece(number, block.shape, rows, cols, cleared=cleared), *picked]
 
 
-def _slots(links: tuple, shape: tuple[int, int], starts: tuple[int, ...]) -> np.ndarray:
-    """Positions in [z, −z, 0] per slice, opposite pairs removed, in as few slots as possible."""
-    size = starts[-1]
-    slots = np.full((max(len(links), 1), *shape), 2 * size)
+def _slots(
+    links: tuple, shape: tuple[int, int], powers: tuple[float, ...], starts: tuple[int, ...]
+) -> np.ndarray:
+    """Positions in ``signed`` z per slice, opposite pairs removed, in as few slots as possible."""
+    size, empty = starts[-1], 2 * len(powers) * starts[-1]
+    slots = np.full((max(len(links), 1), *shape), empty)
     for slot, link in zip(slots, links, strict=False):
         index = np.arange(shape[1]) if link.neurons is None else link.neurons
         index = np.broadcast_to(index, shape)
-        slot[index >= 0] = (starts[link.group] + index + (size if link.sign < 0 else 0))[index >= 0]
+        first = starts[link.group] + size * (2 * powers.index(abs(link.entry)) + (link.entry < 0))
+        slot[index >= 0] = (first + index)[index >= 0]
     for i, one in enumerate(slots):
         for other in slots[i + 1 :]:
-            cancel = (one < 2 * size) & ((one + size) % (2 * size) == other)
-            one[cancel] = other[cancel] = 2 * size
+            cancel = (one < empty) & (_opposite(one, size) == other)
+            one[cancel] = other[cancel] = empty
     # Sorted, empty slots come last: rows of nothing but those drop.
     slots = np.sort(slots, axis=0)
-    return slots[: max(1, int((slots < 2 * size).sum(0).max()))]
+    return slots[: max(1, int((slots < empty).sum(0).max()))]
+
+
+def _opposite(slots: np.ndarray, size: int) -> np.ndarray:
+    """The positions of the opposites: of z those of −z, and the other way around."""
+    return slots + np.where(slots // size % 2 == 0, size, -size)
 
 
 def _places(slots: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -387,9 +425,11 @@ def _places(slots: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray
     return places, np.argsort(np.argsort(bins, kind="stable"))
 
 
-def _opposite(row: np.ndarray, col: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+def _opposite_entries(
+    row: np.ndarray, col: np.ndarray, size: int, empty: int
+) -> tuple[np.ndarray, ...]:
     """The entries (batch, row, column) whose row and column carry opposite positions."""
-    opposite = np.where(row < 2 * size, (row + size) % (2 * size), -1)
+    opposite = np.where(row < empty, _opposite(row, size), -1)
     if not np.isin(opposite, col).any():
         return (np.zeros(0, np.int32),) * 3
     # JAX remembers how it converted a wider array, also when the user switches to 64 bits.

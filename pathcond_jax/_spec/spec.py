@@ -99,6 +99,12 @@ class ArchSpec:
         )
 
     @cached_property
+    def powers(self) -> tuple[float, ...]:
+        """The different powers that entries take of their scales; (1.0,) in a ReLU network."""
+        incidences = [i for group in self.groups for i in (*group.incoming, *group.outgoing)]
+        return tuple(sorted({incidence.power for incidence in incidences})) or (1.0,)
+
+    @cached_property
     def _by_path(self) -> dict[str, Leaf]:
         return {leaf.path: leaf for leaf in self.leaves}
 
@@ -161,7 +167,7 @@ _SYMMETRIES: weakref.WeakValueDictionary[Any, ArchSpec] = weakref.WeakValueDicti
 def _contents(group: NeuronGroup) -> tuple[Any, ...]:
     """What a group is made of, to be compared by value."""
     sides = [
-        tuple((i.path, i.axes, i.index.shape, i.index.tobytes()) for i in side)
+        tuple((i.path, i.axes, i.index.shape, i.index.tobytes(), i.power) for i in side)
         for side in (group.incoming, group.outgoing)
     ]
     return group.name, group.size, *sides

@@ -21,11 +21,13 @@ class Incidence:
       axes: the axes of the leaf along which the neurons are laid out.
       index: integer array of shape ``[leaf.shape[a] for a in axes]``: the neuron, within its
         group, that each slice belongs to; -1 where a slice belongs to none.
+      power: the power of the neuron's scale that these slices take, positive.
     """
 
     path: str
     axes: tuple[int, ...]
     index: np.ndarray
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         index = np.array(self.index)
@@ -35,20 +37,25 @@ class Incidence:
         index.setflags(write=False)
         object.__setattr__(self, "axes", tuple(int(a) for a in np.atleast_1d(self.axes)))
         object.__setattr__(self, "index", index)
+        object.__setattr__(self, "power", _positive(self.power, self.path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through __post_init__, which makes the index read-only again.
-        return Incidence, (self.path, self.axes, self.index)
+        return Incidence, (self.path, self.axes, self.index, self.power)
 
     def __str__(self) -> str:
-        return f"{self.path}[{','.join(map(str, self.axes))}]"
+        power = "" if self.power == 1 else f"^{self.power:g}"
+        return f"{self.path}[{','.join(map(str, self.axes))}]{power}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NeuronGroup:
     """Neurons of one layer or stream; neuron k of the group has one scale λ_k > 0.
 
-    Rescaling multiplies the incoming slices by λ_k and divides the outgoing slices by it.
+    Rescaling multiplies the incoming slices by λ_k and divides the outgoing slices by it. Behind
+    an activation that is homogeneous of another degree, slices take powers of it: of
+    ``relu(x @ w + b) ** 2 @ v`` w and b take λ_k and v takes λ_k². Powers are relative to each
+    other: the same neuron could be written with 1/2 and 1.
 
     Attributes:
       name: the layer that creates the neurons, for people.
@@ -142,6 +149,16 @@ class Rounded:
     dtype: str
     operation: str
     source: str
+
+
+def _positive(power: Any, path: str) -> float:
+    try:
+        number = float(power)
+    except (TypeError, ValueError):
+        raise SpecError(f"{path}: power is {power!r}; a number is needed") from None
+    if not 0 < number < float("inf"):
+        raise SpecError(f"{path}: power is {number:g}; it must be positive and finite")
+    return number
 
 
 def listed(names: Any, limit: int = 6) -> str:

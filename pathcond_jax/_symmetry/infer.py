@@ -2,9 +2,10 @@
 
 How to read this file: ``infer`` runs the analysis until no rule asks for joint labels any more.
 What the equations leave free is then read in four steps (``_Reading.result``): combinations that
-change no entry of any leaf are dropped, then scales that a leaf would have to take to another power
-than ±1, then those that only enter or only leave; the rest are neurons, grouped by the operation
-that created their labels. Whatever slices stay without a neuron are explained, axis by axis.
+change no entry of any leaf are dropped, then scales that only enter or only leave; the rest are
+neurons, grouped by the operation that created their labels, and each one's scale is written such
+that leaves take simple powers of it. Whatever slices stay without a neuron are explained, axis by
+axis.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +30,12 @@ from pathcond_jax._symmetry.invariance import one_sided_slices
 from pathcond_jax._symmetry.values import Analysis, Reason, Scale, connected
 
 _MAX_PASSES = 8
+# Powers of a scale are simple if the quotients of any two have denominators up to this.
+_MOST_PARTS = 12
 
 # Why a log-scale that the equations leave free is not used.
-_POWER, _ONE_SIDED, _TRIVIAL = 1, 2, 3
+_ONE_SIDED, _TRIVIAL = 1, 2
 _UNUSED = {
-    _POWER: "a later parameter would have to take its scale to another power than -1",
     _ONE_SIDED: "the output does not depend on its scale, which no other parameter could take up",
     _TRIVIAL: "its scale can as well sit on the parameter's other axes",
 }
@@ -117,8 +120,7 @@ class _Reading:
         self._drop(self._trivial(), _TRIVIAL)
         for numbers in self.blocks_of.values():
             _merge_whole_leaf_effects(self.effects, numbers)
-        odd = [e.indices[~np.isclose(abs(e.data), 1.0)] for e in self.effects]
-        self._drop(np.unique(np.concatenate([*odd, []])).astype(int), _POWER)
+        self.effects = _with_simple_powers(self.effects)
         self.moved = list(self.effects)
         sides = np.zeros((2, len(self.unused)), bool)
         for effect in self.effects:
@@ -169,16 +171,17 @@ class _Reading:
         group_of = np.zeros(len(self.unused), np.int64)
         index_of = np.zeros(len(self.unused), np.int64)
         group_of[neurons], index_of[neurons] = group, np.arange(len(neurons)) - first[group]
-        sides: dict[tuple[int, int], list[Incidence]] = {}
+        sides: dict[tuple[int, bool], list[Incidence]] = {}
         for block, effect in zip(self.blocks, self.effects, strict=True):
             path = self.leaves[_leaf_of(block)].path
-            for key, found in _incidences(effect, group_of, index_of).items():
-                sides.setdefault(key, []).extend(
-                    Incidence(path, block.axes, index.reshape(block.shape)) for index in found
+            for (group_number, entry), found in _incidences(effect, group_of, index_of).items():
+                sides.setdefault((group_number, entry > 0), []).extend(
+                    Incidence(path, block.axes, index.reshape(block.shape), abs(entry))
+                    for index in found
                 )
-        names = _unique_names(sides[k, 1][0].path for k in range(len(sizes)))
+        names = _unique_names(sides[k, True][0].path for k in range(len(sizes)))
         return tuple(
-            NeuronGroup(name, int(size), tuple(sides[k, 1]), tuple(sides[k, -1]))
+            NeuronGroup(name, int(size), tuple(sides[k, True]), tuple(sides[k, False]))
             for k, (name, size) in enumerate(zip(names, sizes, strict=True))
         )
 
@@ -293,15 +296,68 @@ def _merge_whole_leaf_effects(effects: list[Any], numbers: Sequence[int]) -> Non
             effects[k].eliminate_zeros()
 
 
+def _with_simple_powers(effects: list[Any]) -> list[Any]:
+    """The effects, each column divided by a number: integers without a common divisor if it can be.
+
+    A scale that is a power of two then multiplies every entry by one.
+    """
+    size = effects[0].shape[1] if effects else 0
+    odd = np.zeros(size, bool)
+    for effect in effects:
+        odd[effect.indices[abs(effect.data) != 1]] = True
+    if not odd.any():
+        return effects
+    met = [odd[effect.indices] for effect in effects]
+    found = {
+        (label, round(power, 9))
+        for effect, here in zip(effects, met, strict=True)
+        for label, power in set(
+            zip(effect.indices[here].tolist(), abs(effect.data[here]).tolist(), strict=True)
+        )
+    }
+    powers: dict[int, list[float]] = {}
+    for label, power in sorted(found):
+        powers.setdefault(label, []).append(power)
+    units, whole = np.ones(size), np.zeros(size, bool)
+    for label, taken in powers.items():
+        units[label], whole[label] = _unit(tuple(taken))
+    simple = []
+    for effect, here in zip(effects, met, strict=True):
+        effect = effect.copy()
+        labels, exact = effect.indices[here], effect.data[here] / units[effect.indices[here]]
+        effect.data[here] = np.where(whole[labels], np.round(exact), np.round(exact, 9))
+        simple.append(effect)
+    return simple
+
+
+@functools.cache
+def _unit(powers: tuple[float, ...]) -> tuple[float, bool]:
+    """What powers are multiples of, and whether they are multiples by integers.
+
+    Powers without a simple common measure are multiples of the least one.
+    """
+    least = min(powers)
+    ratios = [Fraction(power / least).limit_denominator(_MOST_PARTS) for power in powers]
+    near = [
+        abs(ratio - power / least) <= 1e-7 * ratio
+        for ratio, power in zip(ratios, powers, strict=True)
+    ]
+    if not all(near):
+        return least, False
+    parts = math.lcm(*(ratio.denominator for ratio in ratios))
+    divisor = math.gcd(*(int(ratio * parts) for ratio in ratios))
+    return least * divisor / parts, True
+
+
 def _incidences(
     effect: Any, group_of: np.ndarray, index_of: np.ndarray
-) -> dict[tuple[int, int], list[np.ndarray]]:
-    """Per (group, sign): the neuron of each slice; more arrays where a slice meets more neurons."""
-    found: dict[tuple[int, int], list[np.ndarray]] = {}
+) -> dict[tuple[int, float], list[np.ndarray]]:
+    """Per (group, effect): the neuron of each slice; more arrays where one meets more neurons."""
+    found: dict[tuple[int, float], list[np.ndarray]] = {}
     entries = sparse.coo_matrix(effect)
-    groups, signs = group_of[entries.col], np.sign(entries.data).astype(int)
-    for key in sorted(set(zip(groups.tolist(), signs.tolist(), strict=True))):
-        here = np.flatnonzero((groups == key[0]) & (signs == key[1]))
+    groups = group_of[entries.col]
+    for key in sorted(set(zip(groups.tolist(), entries.data.tolist(), strict=True))):
+        here = np.flatnonzero((groups == key[0]) & (entries.data == key[1]))
         while here.size:
             rows, first = np.unique(entries.row[here], return_index=True)
             index = np.full(effect.shape[0], -1)

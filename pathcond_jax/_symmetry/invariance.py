@@ -17,7 +17,7 @@ def one_sided_slices(effects: Sequence[Any]) -> list[np.ndarray]:
     is taken in place of the sum.
 
     Args:
-      effects: per block of slices, a sparse matrix (slices, scalings) of powers ±1.
+      effects: per block of slices, a sparse matrix (slices, scalings) of powers.
 
     Returns:
       A boolean array per block.

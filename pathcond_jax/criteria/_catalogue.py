@@ -40,6 +40,7 @@ References:
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ from pathcond_jax._spec.arrays import compute_dtype, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
-from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax._spec.types import NeuronGroup, PyTree, SpecError
 from pathcond_jax.criteria._base import Balance, Criterion, RangeBalance
 
 
@@ -90,7 +91,8 @@ def path() -> Criterion:
 def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> Criterion:
     """The smallest p-norm of all parameters on the orbit; p = 2 is ENorm, and weight balancing.
 
-    At the optimum the incoming and the outgoing p-norm of every neuron agree.
+    At the optimum the incoming and the outgoing p-norm of every neuron agree; where parameters take
+    other powers q of its scale, ``Σ q ‖·‖_p^p`` of both sides do.
 
     Args:
       p: the power, positive.
@@ -252,7 +254,8 @@ def activation(statistics: Mapping[str, Any] | Sequence[Any], alpha: float = 0.5
     """Moves the difficulty of quantization from activations to the weights that read them.
 
     With A_h the largest activation of neuron h and W_h the largest weight that leaves it, scales
-    ``λ_h = W_h^{1−α} / A_h^α``, so that A_h^α = W_h^{1−α} afterwards. Meant for the channels
+    ``λ_h = W_h^{1−α} / A_h^α``, so that A_h^α = W_h^{1−α} afterwards. (Activations are what the
+    weights read: behind a squared ReLU, the squares, which take λ_h².) Meant for the channels
     between a normalization and the layers that read it, whose weights of the other side stay as
     they are; where both sides move it is solved jointly.
 
@@ -266,7 +269,8 @@ def activation(statistics: Mapping[str, Any] | Sequence[Any], alpha: float = 0.5
       The criterion.
 
     Raises:
-      SpecError: α is outside of [0, 1]; or, when it is used, the statistics do not fit.
+      SpecError: α is outside of [0, 1]; or, when it is used, the statistics do not fit, or weights
+        read different powers of a neuron.
 
     Example:
       >>> import jax.numpy as jnp
@@ -477,6 +481,18 @@ def _second_moments(source: Any, params: PyTree, spec: ArchSpec) -> list[Any]:
     return match_leaves(spec, source, "fisher: second moments")
 
 
+def _check_read_once(group: NeuronGroup) -> None:
+    """One statistic says nothing of a neuron and of its square."""
+    for one, two in itertools.combinations(group.outgoing, 2):
+        both = np.intersect1d(one.index[one.index >= 0], two.index[two.index >= 0])
+        if one.power != two.power and both.size:
+            raise SpecError(
+                f"activation: in group {group.name!r} {one.path!r} and {two.path!r} read different "
+                f"powers of a neuron, {one.power:g} and {two.power:g}, and one statistic does not "
+                "describe both; pass None for this group"
+            )
+
+
 def _log_statistics(statistics: Any, spec: ArchSpec) -> tuple[jax.Array, ...]:
     """The logarithm of each neuron's statistic; NaN for a group that has none."""
     if isinstance(statistics, Mapping):
@@ -496,6 +512,8 @@ def _log_statistics(statistics: Any, spec: ArchSpec) -> tuple[jax.Array, ...]:
                 f"activation: statistics of group {group.name!r} have shape {np.shape(value)}, "
                 f"not {(group.size,)}"
             )
+        if value is not None:
+            _check_read_once(group)
         logs.append(
             jnp.full(group.size, -jnp.inf) if value is None else jnp.log(jnp.asarray(value))
         )

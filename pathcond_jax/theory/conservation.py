@@ -1,7 +1,8 @@
 """What training keeps: conserved quantities of gradient flow, and choosing them by rescaling.
 
 Rescaling changes no loss, so along a gradient flow ``Σ_i B_ih θ_i²`` is constant for every neuron
-h: the squared norm of what leaves it minus that of what enters it. Rescaling chooses these
+h: the squared norm of what leaves it minus that of what enters it, each entry times the power of
+the neuron's scale that it takes. Rescaling chooses these
 numbers and training then keeps them; a gradient step of size η changes them by exactly η² times
 the same expression of the gradient.
 
@@ -38,7 +39,9 @@ _MOST_ROUNDS = 10
 def conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...]:
     """``‖out_h‖² − ‖in_h‖²`` of every neuron: the constants of gradient flow.
 
-    Biases count as incoming. Entries that both enter and leave the neurons of a group, as in a
+    Biases count as incoming. What takes a power q of a neuron's scale counts q times, as follows
+    from differentiating a loss along the rescaling (Marcotte et al., 2023): behind a squared ReLU
+    the constant is ``2‖out_h‖² − ‖in_h‖²``. Entries that both enter and leave the neurons of a group, as in a
     residual stream, count on both sides.
 
     Args:
@@ -70,7 +73,7 @@ def _conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ..
     quantities = []
     for group in spec.groups:
         sides = [
-            [_energies(values[i.path], i, group.size) for i in incidences]
+            [_times(i.power, _energies(values[i.path], i, group.size)) for i in incidences]
             for incidences in (group.outgoing, group.incoming)
         ]
         dtype = compute_dtype(*(part.dtype for side in sides for part in side))
@@ -199,6 +202,10 @@ def _tilted_energy(spec: ArchSpec) -> Callable[..., jax.Array]:
         return 0.5 * functools.reduce(jnp.add, [share.sum() for share in shares])
 
     return energy
+
+
+def _times(power: float, values: jax.Array) -> jax.Array:
+    return values if power == 1 else power * values
 
 
 def _energies(value: jax.Array, incidence: Incidence, size: int) -> jax.Array:

@@ -145,7 +145,7 @@ def directions(spec):
                 laid = [n if a in incidence.axes else 1 for a, n in enumerate(shape)]
                 neuron = np.broadcast_to(index.reshape(laid), shape).reshape(-1)
                 entries = np.flatnonzero(neuron >= 0)
-                matrix[start + entries, first + neuron[entries]] += sign
+                matrix[start + entries, first + neuron[entries]] += sign * incidence.power
         first += group.size
     return matrix
 
