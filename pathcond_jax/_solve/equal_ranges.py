@@ -1,7 +1,7 @@
 """Equal ranges: the fixed point at which incoming and outgoing maxima of every neuron agree."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from pathcond_jax._solve.stacks import Masses, Table
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.log_scales import concatenated
 from pathcond_jax._spec.spec import ArchSpec
+
+# Powers of the scales and, for each, the logarithms of the ranges that take it.
+_Side = tuple[tuple[float | jax.Array, jax.Array], ...]
 
 
 class RangeProblem(NamedTuple):
@@ -35,50 +38,43 @@ class RangeProblem(NamedTuple):
 
     def gaps(self, table: Table, z: jax.Array) -> jax.Array:
         """``(1 − α) log out − α log in``, 0 for neurons that lack either."""
-        outs, intos, _ = self._ranges(table, z)
-        out, into = (functools.reduce(jnp.maximum, side) for side in (outs, intos))
-        gap = (1 - self.alpha) * out - self.alpha * into
-        return self._known(gap)
+        sides = self._ranges(table, z)
+        out, into = (functools.reduce(jnp.maximum, [logs for _, logs in side]) for side in sides)
+        return self._known((1 - self.alpha) * out - self.alpha * into)
 
     def steps(self, table: Table, z: jax.Array) -> jax.Array:
         """By how much each log-scale has to change for its gap to close, were the others to stay.
 
-        With powers, ``(1 − α) max_p (log out_p − p δ) = α max_q (log in_q + q δ)``. Each pair of one
-        power of either side has its δ. What falls with δ is the largest of the p, so that the p of
-        the largest δ decides; what grows is the largest of the q, of which the least δ decides.
+        With powers p of what leaves and q of what enters, this is the δ for which
+        ``(1 − α) max_p (log out_p − p δ) = α max_q (log in_q + q δ)``. Of one p and one q it is a
+        quotient. The left side falls, so that of several p the largest δ counts; the right side
+        grows, so that of several q the least does.
         """
         if table.powers == (1.0,):
             return self.gaps(table, z)
-        outs, intos, powers = self._ranges(table, z)
-        roots = []
-        for into, q in zip(intos, powers, strict=True):
-            pairs = [
-                ((1 - self.alpha) * out - self.alpha * into) / ((1 - self.alpha) * p + self.alpha * q)
-                for p, out in zip(table.powers, outs, strict=True)
-            ]
-            there = [
-                jnp.where(out > -jnp.inf, pair, -jnp.inf)
-                for out, pair in zip(outs, pairs, strict=True)
-            ]
-            root = functools.reduce(jnp.maximum, there)
-            roots.append(jnp.where(into > -jnp.inf, root, jnp.inf))
-        return self._known(functools.reduce(jnp.minimum, roots))
+        outs, intos = self._ranges(table, z)
+        least = jnp.full_like(z, jnp.inf)
+        for q, into in intos:
+            largest = jnp.full_like(z, -jnp.inf)
+            for p, out in outs:
+                gap = (1 - self.alpha) * out - self.alpha * into
+                step = gap / ((1 - self.alpha) * p + self.alpha * q)
+                largest = jnp.maximum(largest, jnp.where(out > -jnp.inf, step, -jnp.inf))
+            least = jnp.minimum(least, jnp.where(into > -jnp.inf, largest, jnp.inf))
+        return self._known(least)
 
-    def _ranges(self, table: Table, z: jax.Array) -> tuple[Any, ...]:
-        """Outgoing and incoming logarithms by power, and the powers of the incoming ones."""
+    def _ranges(self, table: Table, z: jax.Array) -> tuple[_Side, _Side]:
         met = _log_ranges(self.masses, table, z)
-        if self.given is None:
-            return met[::2], met[1::2], table.powers
-        if table.powers == (1.0,):
-            return met[::2], (self.given + z,), table.powers
-        power = functools.reduce(
-            jnp.maximum,
-            [
-                jnp.where(out > -jnp.inf, jnp.full_like(z, p), 0)
-                for p, out in zip(table.powers, met[::2], strict=True)
-            ],
+        outs, intos = (
+            tuple(zip(table.powers, side, strict=True)) for side in (met[::2], met[1::2])
         )
-        return met[::2], (self.given + power * z,), (power,)
+        if self.given is None:
+            return outs, intos
+        if table.powers == (1.0,):
+            return outs, ((1.0, self.given + z),)
+        read = [jnp.where(out > -jnp.inf, jnp.full_like(z, p), 0) for p, out in outs]
+        power = functools.reduce(jnp.maximum, read)
+        return outs, ((power, self.given + power * z),)
 
     def _known(self, values: jax.Array) -> jax.Array:
         return jnp.where(self.box.finite & jnp.isfinite(values), values, 0)

@@ -106,9 +106,7 @@ def balance_of_powers(
     return root
 
 
-def log_x(
-    neurons: Neurons, total: jax.Array, powers: tuple[float, ...] = _POWER_ONE
-) -> jax.Array:
+def log_x(neurons: Neurons, total: jax.Array, powers: tuple[float, ...] = _POWER_ONE) -> jax.Array:
     """log x at the minimum, where S is exp(total); 0 for neurons that may not move."""
     parts = (neurons.out, neurons.into, neurons.tilt, total)
     log_x = balance(*parts) if powers == _POWER_ONE else balance_of_powers(*parts, powers)
@@ -126,9 +124,7 @@ def log_masses(
     shift = p * log_x[None]
     logs = jnp.stack([neurons.out + shift, neurons.into - shift])
     squared = logs + 2 * jnp.log(p)[None]
-    return logsumexp(logs.reshape(-1, log_x.size), 0), logsumexp(
-        squared.reshape(-1, log_x.size), 0
-    )
+    return logsumexp(logs.reshape(-1, log_x.size), 0), logsumexp(squared.reshape(-1, log_x.size), 0)
 
 
 def neurons_at(

@@ -25,7 +25,8 @@ from pathcond_jax._spec.types import Incidence, PyTree, SpecError
 def neuron_orientations(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...]:
     """The direction of what enters each neuron: weights, then biases, scaled to length 1.
 
-    Only rescaling the neurons *before* it can turn it: in the first layer nothing can. Of a
+    Only rescaling the neurons *before* it can turn it: in the first layer nothing can. (Unless what
+    enters takes different powers of its scale, as with a bias that is added behind a square.) Of a
     network whose activation is not homogeneous, ``chain_spec`` describes the neurons.
 
     Args:

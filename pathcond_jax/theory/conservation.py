@@ -41,8 +41,8 @@ def conserved_quantities(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...
 
     Biases count as incoming. What takes a power q of a neuron's scale counts q times, as follows
     from differentiating a loss along the rescaling (Marcotte et al., 2023): behind a squared ReLU
-    the constant is ``2‖out_h‖² − ‖in_h‖²``. Entries that both enter and leave the neurons of a group, as in a
-    residual stream, count on both sides.
+    the constant is ``2‖out_h‖² − ‖in_h‖²``. Entries that both enter and leave the neurons of a
+    group, as in a residual stream, count on both sides.
 
     Args:
       params: the parameters the spec was built for; of gradients, a step of size η changes the

@@ -13,7 +13,7 @@ from fuzzing import evaluation
 from pathcond_jax._program import kinds, primitives
 from pathcond_jax._symmetry.values import RULES
 
-# Scales that all roots and powers leave powers of two, so that nothing is rounded.
+# Scales of which all roots and powers are powers of two, so that nothing is rounded.
 _EXACT = np.log(64.0)
 _CHANGED = 1e-9
 # Parameters and inputs are of size one: outputs below this may have cancelled.
@@ -34,8 +34,7 @@ class Dimensions(NamedTuple):
     """How many dimensions of diagonal rescalings a program has.
 
     Attributes:
-      found: the neurons of the spec, those of dead parameters aside.
-      power: directions in which entries change by different powers.
+      found: the neurons of the spec, those of dead parameters aside, whatever powers entries take.
       one_sided: directions in which entries only grow.
       missed: the other directions that the spec lacks.
       operations: those that pin what moves in these, by name.
@@ -43,7 +42,6 @@ class Dimensions(NamedTuple):
     """
 
     found: int
-    power: int
     one_sided: int
     missed: int
     operations: tuple[str, ...] = ()
@@ -424,7 +422,7 @@ def count_dimensions(subject, rng):
         return None
     found = subject.directions[live]
     rank = np.linalg.matrix_rank(found) if found.size else 0
-    counts = {"power": 0, "one_sided": 0, "missed": 0}
+    counts = {"one_sided": 0, "missed": 0}
     operations = set()
     known = found
     for direction in _reduced_rows(null) if len(null) > rank else ():
@@ -437,8 +435,6 @@ def count_dimensions(subject, rng):
         moving = direction[abs(direction) > 1e-6]
         if (moving > 0).all() or (moving < 0).all():
             counts["one_sided"] += 1
-        elif not np.allclose(abs(moving), abs(moving[0]), rtol=1e-4):
-            counts["power"] += 1
         else:
             counts["missed"] += 1
             operations |= _pinning(subject, live[abs(direction) > 1e-6])
