@@ -91,7 +91,7 @@ def built(name, dtype=np.float32):
 
 
 def example(dtype=np.float32):
-    return np.random.default_rng(1).normal(size=(6, 3)).astype(dtype)
+    return jnp.asarray(np.random.default_rng(1).normal(size=(6, 3)), dtype)
 
 
 @pytest.fixture(params=NETWORKS)
