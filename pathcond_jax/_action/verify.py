@@ -113,7 +113,7 @@ class _Trial:
         exponents[neurons] = drawn[neurons]
         by_path = _exponents(self.spec, exponents)
         leaves = [
-            np.ldexp(value, by_path[leaf.path]) if leaf.path in by_path else value
+            _times_power_of_two(value, by_path[leaf.path]) if leaf.path in by_path else value
             for value, leaf in zip(arguments, self.spec.leaves, strict=False)
         ]
         return [*leaves, *arguments[len(leaves) :]]
@@ -223,8 +223,16 @@ def _exponents(spec: ArchSpec, exponents: np.ndarray) -> dict[str, Any]:
                     shape[axis] = size
                 # The last one, 0, belongs to no neuron.
                 taken = own[incidence.index].transpose(np.argsort(incidence.axes)).reshape(shape)
-                found[incidence.path] = found.get(incidence.path, 0) + sign * taken
+                found[incidence.path] = (
+                    found.get(incidence.path, 0) + sign * incidence.power * taken
+                )
     return found
+
+
+def _times_power_of_two(value: Any, exponents: Any) -> Any:
+    """``value · 2^exponents``, exact where these are integers."""
+    whole = np.floor(exponents)
+    return np.ldexp(value * np.exp2(exponents - whole).astype(value.dtype), whole.astype(np.int64))
 
 
 def _floating(before: Sequence[Any], after: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
