@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._action.rescale import rescale
+from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
+from pathcond_jax._spec.explanation import rounded_at
 from pathcond_jax._spec.log_scales import LogScales, by_group
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -16,6 +17,8 @@ from pathcond_jax._spec.types import PyTree, SpecError
 
 # One example may leave every ReLU of a small network at 0: then others are drawn.
 _MOST_DRAWS = 16
+# Computation in float32 moves outputs by less.
+_ROUNDING = 1e-4
 
 
 def check_spec(
@@ -37,6 +40,9 @@ def check_spec(
     Returns:
       The largest change of any output, relative to the largest entry of that output. NaN, with a
       warning, if all outputs are zero and so say nothing; NaN too if one is NaN or infinite.
+      Where values that neurons scale are rounded to a lower precision, as ``spec.rounded`` lists,
+      the outputs move by this rounding, however right the spec: a warning then says so, and by how
+      much powers of two move them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,13 +53,14 @@ def check_spec(
       True
     """
     match_leaves(spec, params)
-    if spec.apply_fn is None:
+    apply_fn = spec.apply_fn
+    if apply_fn is None:
         raise SpecError("this spec has no apply function to check; build it with trace_spec")
     key_of_inputs, key_of_zeros, *keys = jax.random.split(jax.random.key(seed), trials + 2)
     params = _without_zeros(key_of_zeros, spec, params)
     drawn = (_random_inputs(key, spec) for key in jax.random.split(key_of_inputs, _MOST_DRAWS))
     for chosen in [inputs] if inputs else drawn:
-        before = jax.tree.leaves(spec.apply_fn(params, *chosen))
+        before = jax.tree.leaves(apply_fn(params, *chosen))
         if any(map(_says_something, before)):
             break
     else:
@@ -63,13 +70,21 @@ def check_spec(
             stacklevel=2,
         )
         return math.nan
-    worst = 0.0
-    for key in keys:
-        after = jax.tree.leaves(
-            spec.apply_fn(rescale(params, spec, random_log_scales(key, spec)), *chosen)
+
+    def change(log_scales: LogScales) -> float:
+        after = jax.tree.leaves(apply_fn(rescale(params, spec, log_scales), *chosen))
+        return float(np.max([0.0, *map(_relative_change, before, after)]))
+
+    drawn_scales = [random_log_scales(key, spec) for key in keys]
+    worst = float(np.max([0.0, *map(change, drawn_scales)]))
+    if spec.rounded and worst > _ROUNDING:
+        exact = float(np.max([change(round_to_powers_of_two(z)) for z in drawn_scales]))
+        warnings.warn(
+            f"check_spec: the outputs move by {worst:.1e}, and by {exact:.1e} if the scales are "
+            f"powers of two: {rounded_at(spec.rounded)}",
+            stacklevel=2,
         )
-        worst = np.max([worst, *map(_relative_change, before, after)])
-    return float(worst)
+    return worst
 
 
 def _without_zeros(key: jax.Array, spec: ArchSpec, params: PyTree) -> PyTree:

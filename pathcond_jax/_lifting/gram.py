@@ -31,9 +31,10 @@ import numpy as np
 
 # The rules enter themselves into their table when they are imported.
 from pathcond_jax._lifting import rules  # noqa: F401
+from pathcond_jax._lifting.head import advised
 from pathcond_jax._lifting.interpreter import Lifting
 from pathcond_jax._lifting.paths import list_paths
-from pathcond_jax._lifting.values import NotPathLiftableError
+from pathcond_jax._lifting.values import NotPathLiftableError, RefusedOperationError
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, log_of
@@ -307,7 +308,10 @@ def _lifting(params: PyTree, spec: ArchSpec, order: int, **options: Any) -> Lift
     trainable = [leaf.trainable for leaf in spec.leaves]
     values = match_leaves(spec, params)
     lifting = functools.partial(Lifting, spec.program, values, trainable)
-    return lifting(order=order, max_pool=spec.max_pool, **options)
+    try:
+        return lifting(order=order, max_pool=spec.max_pool, **options)
+    except RefusedOperationError as refused:
+        raise advised(refused, spec.program) from refused.__cause__
 
 
 def _second(params: PyTree, spec: ArchSpec, weights: bool) -> Any:

@@ -19,6 +19,22 @@ class NotPathLiftableError(ValueError):
     """The network computes something that is not a sum over paths."""
 
 
+class RefusedOperationError(NotPathLiftableError):
+    """An operation is not a sum over paths.
+
+    Args:
+      node: the operation.
+      why: what follows its name.
+    """
+
+    def __init__(self, node: Node, why: str) -> None:
+        self.node, self.why = node, why
+        super().__init__(
+            f"{at(node)} {why}, so this network has no path lifting; use a criterion that needs "
+            "none, such as condition(..., criterion='enorm')"
+        )
+
+
 @dataclasses.dataclass(eq=False)
 class Coefficient:
     """A value that depends on parameters and constants only.
@@ -125,12 +141,9 @@ def at(node: Node) -> str:
     return f"{node.operation}{f' at {node.source}' if node.source else ''}"
 
 
-def unliftable(node: Node, why: str = "is not a sum over paths") -> NotPathLiftableError:
+def unliftable(node: Node, why: str = "is not a sum over paths") -> RefusedOperationError:
     """The error that names an operation."""
-    return NotPathLiftableError(
-        f"{at(node)} {why}, so this network has no path lifting; use a criterion that needs none, "
-        "such as condition(..., criterion='enorm')"
-    )
+    return RefusedOperationError(node, why)
 
 
 def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from zoo.network import lenient
 
 import pathcond_jax as pathcond
 
@@ -62,3 +64,23 @@ def test_a_spec_without_neurons_can_be_checked():
     params = {"w": jnp.ones((3, 4))}
     spec = pathcond.trace_spec(lambda params, x: x @ params["w"], params, X)
     assert pathcond.check_spec(spec, params, X) == 0
+
+
+def test_rounding_to_a_lower_precision_is_told_apart_from_a_wrong_spec():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.relu(nn.Dense(16)(x)).astype(jnp.bfloat16)
+            return nn.Dense(4)(h.astype(x.dtype))
+
+    model, x = Net(), jnp.ones((3, 5))
+    params = lenient(model.init)(jax.random.key(0), x)
+    spec = pathcond.trace_spec(lenient(model.apply), params, x)
+
+    with pytest.warns(UserWarning, match='rounding="power_of_two"') as told:
+        change = pathcond.check_spec(spec, params, x)
+
+    assert 1e-4 < change < 1e-1
+    (message,) = [str(warning.message) for warning in told]
+    assert float(message.partition("and by ")[2].split(" ")[0]) < 1e-6
+    assert "rounded to bfloat16 at test_check.py:" in message
