@@ -222,14 +222,15 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
         pair = (nonzero == 2) & np.isclose(abs(current.data[one]), abs(current.data[two]))
         if single.any() or pair.any():
             zeros = current.indices[np.repeat(single, nonzero)]
-            zero_origins = np.repeat(
-                _inherited(equations[single], origins[single], reason[_roots(parent)]),
-                nonzero[single],
-            )
+            because = _inherited(equations, origins, reason[_roots(parent)])
+            zero_origins = np.repeat(because[single], nonzero[single])
             left, right = current.indices[one[pair]], current.indices[two[pair]]
             opposite = current.data[one[pair]] * current.data[two[pair]] > 0
             representative, sign, dead, why, ties = _components(
-                count, rank, (zeros, zero_origins), (left, right, opposite, origins[pair])
+                count,
+                rank,
+                (zeros, zero_origins),
+                (left, right, opposite, origins[pair], because[pair]),
             )
             reason[dead] = why[dead]
             merged = ~dead & (representative != np.arange(count))
@@ -273,10 +274,10 @@ def _components(
     count: int,
     rank: np.ndarray,
     zeros: tuple[np.ndarray, np.ndarray],
-    pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Classes of labels equal up to sign; node j + count stands for the inverse of label j."""
-    left, right, opposite, pair_origins = pairs
+    left, right, opposite, pair_origins, tie_origins = pairs
     to = np.where(opposite, right + count, right)
     mirrored = np.where(opposite, right, right + count)
     ones = np.ones(2 * len(left), bool)
@@ -306,7 +307,7 @@ def _components(
     why_label = np.minimum(why[classes[:count]], why[classes[count:]])
     dead = why_label < never
     ties = np.full(number, never)
-    np.minimum.at(ties, classes[left], pair_origins)
+    np.minimum.at(ties, classes[left], tie_origins)
     tie = np.minimum(ties[classes[:count]], ties[classes[count:]])
     return (
         representative,

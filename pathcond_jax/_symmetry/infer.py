@@ -179,7 +179,7 @@ class _Reading:
                     Incidence(path, block.axes, index.reshape(block.shape), abs(entry))
                     for index in found
                 )
-        names = _unique_names(sides[k, True][0].path for k in range(len(sizes)))
+        names = _unique_names([sides[k, True][0] for k in range(len(sizes))])
         return tuple(
             NeuronGroup(name, int(size), tuple(sides[k, True]), tuple(sides[k, False]))
             for k, (name, size) in enumerate(zip(names, sizes, strict=True))
@@ -224,18 +224,19 @@ class _Reading:
     def _why(self, label: int) -> Reason:
         origin = self.solved.why(label)
         if origin >= 0:
-            reason = self.analysis.reasons[origin]
-            return reason if not reason.epsilon else self._but_for_epsilon(label, reason)
+            return self._but_for_epsilon(label, self.analysis.reasons[origin])
         start, stop = self.solved.table.indptr[label : label + 2]
         unused = self.unused[self.solved.table.indices[start:stop]]
         why = int(unused[unused > 0].min(initial=_TRIVIAL))
         tied = int(self.solved.tied[label])
         if why == _TRIVIAL and tied >= 0:
-            return self.analysis.reasons[tied]
+            return self._but_for_epsilon(label, self.analysis.reasons[tied])
         return Reason(_UNUSED[why], None)
 
     def _but_for_epsilon(self, label: int, reason: Reason) -> Reason:
         """What the program with 0 in place of each ε says about a log-scale that an ε fixes."""
+        if not reason.epsilon:
+            return reason
         free, one_sided = self._without_epsilon
         start, stop = free.solved.table.indptr[label : label + 2]
         unused = free.unused[free.solved.table.indices[start:stop]]
@@ -367,12 +368,19 @@ def _incidences(
     return found
 
 
-def _unique_names(paths: Iterable[str]) -> list[str]:
-    """The layer of each group's first parameter."""
+def _unique_names(firsts: Sequence[Incidence]) -> list[str]:
+    """The layer of each group's first parameter, and its number in a stack of layers."""
     names, seen = [], Counter[str]()
-    for path in paths:
-        layer = layer_path(path)
-        name = "/".join(part for part in layer.split("/") if part != "params") or path
+    layers = [_layer_name(first.path) for first in firsts]
+    count = Counter(layers)
+    for layer, first in zip(layers, firsts, strict=True):
+        slices = np.unique(np.nonzero(first.index >= 0)[0])
+        one = count[layer] > 1 and first.index.ndim > 1 and len(slices) == 1
+        name = f"{layer}[{slices[0]}]" if one else layer
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return names
+
+
+def _layer_name(path: str) -> str:
+    return "/".join(part for part in layer_path(path).split("/") if part != "params") or path

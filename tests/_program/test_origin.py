@@ -206,3 +206,23 @@ def test_the_users_line_goes_before_that_of_a_package(packaged):
     ((gelu,), (cos,)) = found["add in gelu"], found["cos"]
     assert gelu.startswith(called)
     assert cos.startswith(f"test_origin.py:{line_of(mine, 'jnp.cos')} ")
+
+
+def test_keras_is_not_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    keras = importlib.import_module("keras")
+    hidden = keras.layers.Dense(8, activation="gelu")
+    model = keras.Sequential([keras.Input((4,)), hidden, keras.layers.Dense(3, "softmax")])
+
+    def apply_fn(variables, x):
+        return model.stateless_call(variables, [], x)[0]
+
+    found = operations(apply_fn, [v.value for v in model.trainable_variables], x)
+    assert {operation.partition(" in ")[2] for operation in found} == {"gelu", "softmax"}
+    line = line_of(apply_fn, "stateless_call")
+    assert all(
+        source.startswith(f"test_origin.py:{line} (")
+        for lines in found.values()
+        for source in lines
+    )

@@ -217,3 +217,44 @@ def test_what_is_rounded_elsewhere_is_not_told():
     params = {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 3))}
     assert pathcond.trace_spec(apply_fn, params, vectors).rounded == ()
     assert traced(Rotary(jnp.float32), vectors).rounded == ()
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(6)(nn.gelu(nn.Dense(5)(nn.LayerNorm()(x)))), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stacked = nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(2)(stacked(name="blocks")(nn.Dense(6)(x), None)[0])
+
+
+def test_scanned_layers_read_well():
+    spec = traced(Stack(), vectors)
+    # One group of the whole stack, or one of each of its layers, with the layer's number.
+    names = {group.name.partition("[")[0] for group in spec.groups}
+    assert names == {"blocks/LayerNorm_0"}
+    assert not any("#" in group.name for group in spec.groups)
+    assert len(pinned_lines(spec)) <= 6
+    assert "joins scales" not in str(spec)
+    assert "but for ε = 1e-06 of LayerNorm" in str(spec)
+    assert "add in gelu needs operands of one scale" in str(spec)
+
+
+def test_integer_time_steps_are_an_input_like_any_other():
+    def apply_fn(params, x, t):
+        angles = t[:, None].astype(x.dtype) * jnp.exp(-jnp.arange(4.0))[None]
+        return (jax.nn.relu(x @ params["w"] + jnp.sin(angles) @ params["e"])) @ params["v"]
+
+    params = {"w": jnp.ones((4, 5)), "e": jnp.ones((4, 5)), "v": jnp.ones((5, 3))}
+    spec = pathcond.trace_spec(apply_fn, params, vectors, jnp.arange(2))
+    assert spec.num_neurons == 5
+    assert pinned_lines(spec) == [
+        "e[0], w[0]: the network's input is fixed",
+        "v[1]: the network's output must not change",
+    ]
+    with pytest.raises(pathcond.NotPathLiftableError, match="give trace_spec floating inputs"):
+        pathcond.path_norm(params, spec)
