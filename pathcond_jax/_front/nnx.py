@@ -92,7 +92,8 @@ def condition_nnx(
     ``condition_nnx(model, spec)``, like ``condition(params, spec)``, has it done already.
 
     Args:
-      model: the module; its ``nnx.Param`` variables are updated in place.
+      model: the module; its ``nnx.Param`` variables are updated in place, and of a spec with
+        ``rescale_state=True`` the running statistics that it rescales.
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; or ``nnx_spec(model, *inputs)``
         and, after it, nothing or the criterion.
       spec: the spec, by name.
@@ -133,5 +134,7 @@ def condition_nnx(
         spec, *criterion = inputs
     spec = nnx_spec(model, *inputs) if spec is None else spec
     conditioned, solution = condition(nnx_variables(model), spec, *criterion, **options)
-    nnx.update(model, conditioned["params"])
+    # State is rescaled by a spec of `rescale_state=True` only; else it is the model's own already.
+    moved = {path.partition("/")[0] for path in spec.rescaled_paths}
+    nnx.update(model, *(conditioned[part] for part in ("params", "state") if part in moved))
     return solution

@@ -13,6 +13,7 @@ from pathcond_jax._optax.transport import followed, transport
 from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax.criteria._base import Criterion
 
 
 class ReconditionedState(NamedTuple):
@@ -32,9 +33,13 @@ def recondition(
     every: int,
     start: int = 0,
     *,
-    criterion: Any = "path",
+    criterion: Criterion | str = "path",
+    method: str | None = None,
+    max_steps: int | None = None,
+    tol: float | None = None,
+    max_log_scale: float | None = 1.0,
+    norm_weight: float | jax.Array = 0.0,
     rounding: str | None = None,
-    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Conditions the parameters every k updates; the last element of a chain.
 
@@ -47,6 +52,13 @@ def recondition(
     is q only up to the precision of p. An entry that shrinks more than 128-fold in float32
     (2^36-fold in float64) would lose digits, so in that case all log-scales are multiplied by the
     same number below 1, the status is ``CLIPPED``, and the next due update goes on from there.
+
+    A layer that has hardly begun to train, such as a residual branch whose last scale was 0 a few
+    steps ago, has a tiny Gram diagonal, and the optimum lies where scales of a thousand make up for
+    it; at the next due update it lies elsewhere. So each due update moves a log-scale by
+    ``max_log_scale`` at most, 1 by default; the status is then ``CLIPPED``. To begin at the
+    optimum, condition the parameters before training. With due updates every few steps, a
+    ``norm_weight`` of 0.1 to 1 also bounds what they add up to.
 
     An element after this one that changes the update would change the network's function. The next
     call finds it, counts it in ``num_altered`` of the state and, outside of ``jit``, warns.
@@ -64,10 +76,15 @@ def recondition(
         that has them inside.
       every: k; the k-th, 2k-th, ... update is due.
       start: n; the n-th update is due as well. 0: none is.
-      criterion: what to balance, as in ``condition``.
+      criterion: what to balance, as in ``condition``; so are the options that follow.
+      method: how to solve it.
+      max_steps: at most so many steps or sweeps.
+      tol: when to stop.
+      max_log_scale: by how much each due update may move a log-scale: by default a factor of e, and
+        the next one goes on from there. None: all the way.
+      norm_weight: μ ≥ 0, weighs the norm of the parameters beside the criterion.
       rounding: None, or ``"power_of_two"`` for scales that are powers of two. Parameters of low
         precision need it; their updates are emitted in float32, and the result is exact.
-      **options: of ``condition``: ``method``, ``max_steps``, ``tol``, ``max_log_scale``, ...
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`ReconditionState`. Its
@@ -95,7 +112,19 @@ def recondition(
     References:
       Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
     """
-    rule = Rule("recondition", spec, every, start, rounding, {"criterion": criterion, **options})
+    rule = Rule(
+        "recondition",
+        spec,
+        every,
+        start,
+        rounding,
+        criterion=criterion,
+        method=method,
+        max_steps=max_steps,
+        tol=tol,
+        max_log_scale=max_log_scale,
+        norm_weight=norm_weight,
+    )
 
     def init(params: PyTree) -> ReconditionState:
         rule.check_init(params)
@@ -122,9 +151,13 @@ def reconditioned(
     state: str = "transport",
     degrees: Mapping[str, int] | None = None,
     probe_args: Mapping[str, Any] | None = None,
-    criterion: Any = "path",
+    criterion: Criterion | str = "path",
+    method: str | None = None,
+    max_steps: int | None = None,
+    tol: float | None = None,
+    max_log_scale: float | None = 1.0,
+    norm_weight: float | jax.Array = 0.0,
     rounding: str | None = None,
-    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose parameters are conditioned every k updates, and its state with them.
 
@@ -155,9 +188,13 @@ def reconditioned(
       degrees: powers by buffer name, as in ``{"0/trace": -1}``, instead of measured ones. The end
         of a name, ``"trace"``, stands for all buffers whose name ends so; 0 leaves a buffer alone.
       probe_args: extra arguments of ``inner.update`` for the measurement, besides ``value=1.0``.
-      criterion: what to balance, as in ``condition``.
-      rounding: as in :func:`recondition`.
-      **options: of ``condition``.
+      criterion: what to balance, as in :func:`recondition`; so are the options that follow.
+      method: how to solve it.
+      max_steps: at most so many steps or sweeps.
+      tol: when to stop.
+      max_log_scale: by how much each due update may move a log-scale.
+      norm_weight: μ ≥ 0, weighs the norm of the parameters beside the criterion.
+      rounding: ``"power_of_two"`` for scales that are powers of two.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`ReconditionedState`. What
@@ -179,7 +216,19 @@ def reconditioned(
       >>> jnp.round(state.inner_state[0].trace["a"]["w"], 3).tolist()  # a was divided by 2
       [[2.0, 2.0]]
     """
-    rule = Rule("reconditioned", spec, every, start, rounding, {"criterion": criterion, **options})
+    rule = Rule(
+        "reconditioned",
+        spec,
+        every,
+        start,
+        rounding,
+        criterion=criterion,
+        method=method,
+        max_steps=max_steps,
+        tol=tol,
+        max_log_scale=max_log_scale,
+        norm_weight=norm_weight,
+    )
     if state not in ("transport", "reset", "keep"):
         raise SpecError(f"state is {state!r}; there are 'transport', 'reset' and 'keep'")
     if state != "transport" and (degrees or probe_args):

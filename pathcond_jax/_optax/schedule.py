@@ -70,7 +70,7 @@ class Rule:
         every: int,
         start: int,
         rounding: str | None,
-        options: dict[str, Any],
+        **options: Any,
     ) -> None:
         check_is_spec(spec)
         if not spec.groups:

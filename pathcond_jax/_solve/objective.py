@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._solve.layout import Block, Source, layout
+from pathcond_jax._solve.layout import Block, Link, Source, layout
 from pathcond_jax._spec.arrays import compute_dtype, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.sharding import segment_max, segment_sum
@@ -101,6 +101,12 @@ Goal = Objective | Ranges
 def path_objective(spec: ArchSpec, gram: PyTree | ScaledDiagonal) -> Objective:
     """The log-det Bregman criterion ``p log Σ g e^{2Bz} − Σ 2(Bz)``.
 
+    Both sums, and the count p, are over the trainable entries with g_i > 0. An entry without any
+    path, such as a kernel position that only ever sees padding, has g_i = 0 at every
+    representative: no scale brings it nearer to the others, and ``conditioning_score`` leaves it
+    out too, so that p times the change of the score is the change of F. Where all g_i > 0 this is
+    the criterion of the paper.
+
     Args:
       spec: the architecture.
       gram: the Gram diagonal g, like the parameters; or its scaled form.
@@ -112,8 +118,39 @@ def path_objective(spec: ArchSpec, gram: PyTree | ScaledDiagonal) -> Objective:
       Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
     """
     masses, log_scales = reduce_masses(spec, gram)
-    term = LogSum(float(spec.num_parameters), 2.0, masses, log_scales)
-    return Objective((term,), tuple(2.0 * s for s in layout(spec).surplus))
+    count, linear = _positive(gram, spec.symmetry)
+    return Objective((LogSum(count, 2.0, masses, log_scales),), linear)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _positive(
+    gram: PyTree | ScaledDiagonal, spec: ArchSpec
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """How many trainable entries are positive, and Σ 2(Bz) over them as a function of z."""
+    tree = gram.mantissa if isinstance(gram, ScaledDiagonal) else gram
+    values = match_leaves(spec, tree, "gram")
+    # What is NaN or negative is counted: the masses tell the solver.
+    present = [jnp.where(value == 0, 0, jnp.ones_like(widened(value))) for value in values]
+    counts, _ = reduce_masses(spec, spec.treedef.unflatten(present))
+    dtype = compute_dtype(*(count.dtype for count in counts))
+    linear = [jnp.zeros(group.size, dtype) for group in spec.groups]
+    for block, count in zip(layout(spec).blocks, counts, strict=True):
+        for axis, per_slice in ((block.rows, count.sum(2)), (block.cols, count.sum(1))):
+            for link in axis.links:
+                own = linear[link.group] + 2 * link.sign * _per_neuron(
+                    link, per_slice.astype(dtype), spec.groups[link.group].size
+                )
+                linear[link.group] = own
+    total = jnp.stack([count.astype(dtype).sum() for count in counts]).sum()
+    return total, tuple(linear)
+
+
+def _per_neuron(link: Link, per_slice: jax.Array, size: int) -> jax.Array:
+    """Sums (batch, slices) over the slices of each neuron."""
+    if link.neurons is None:
+        return per_slice.sum(0)
+    segments = np.where(link.neurons < 0, size, link.neurons).reshape(-1)
+    return segment_sum(per_slice.reshape(-1), segments.astype(np.int32), size + 1)[:size]
 
 
 class Reduction(NamedTuple):

@@ -72,7 +72,8 @@ class Solution(NamedTuple):
       num_products: passes over the masses, each at most two matrix-vector products per block.
       status: a :class:`Status` code, int32.
       objective_before: F(0), of the parameters as they are. For the path criterion,
-        (F(z) − F(0)) / p is the change of the conditioning score.
+        (F(z) − F(0)) / p, p the number of entries with g > 0, is the change of the conditioning
+        score.
 
     Example:
       >>> import jax.numpy as jnp

@@ -8,7 +8,8 @@ one that enters it:
 ========================  =========================================================================
 ``path()``                P log Σ g e^{2Bz} − 2 Σ Bz with g the diagonal of the path-lifting Gram
                           matrix: P times log(arithmetic / geometric mean). Before training a ReLU
-                          network by gradient descent (Lebeurrier et al., 2026).
+                          network by gradient descent (Lebeurrier et al., 2026). Entries without
+                          any path, g = 0, do not count in P and Σ.
 ``norm(p)``               2P log ‖θ'‖_p: incoming and outgoing norms of each neuron agree. p = 2 is
                           ENorm (Stock et al., 2019), or weight balancing. For small weights, and
                           for networks without path lifting.

@@ -87,7 +87,7 @@ def function_error(one, two):
 
 
 def test_the_named_updates_are_due_and_no_others():
-    element = pathcond.recondition(SPEC, every=3, start=2)
+    element = pathcond.recondition(SPEC, every=3, start=2, max_log_scale=None)
     step, params, state = stepper(element), draw(), element.init(draw())
     initial = state
     for number in range(1, 8):
@@ -141,7 +141,7 @@ def test_momentum_and_moments_travel():
         {"sgd": optax.sgd(rate, momentum=momentum), "adam": optax.adam(rate, b1, b2, eps)},
         jax.tree.map(lambda p: "adam" if p.ndim == 2 else "sgd", PARAMS),
     )
-    optimizer = pathcond.reconditioned(inner, SPEC, every=2)
+    optimizer = pathcond.reconditioned(inner, SPEC, every=2, max_log_scale=None)
     step, params, state = stepper(optimizer), PARAMS, optimizer.init(PARAMS)
     trace = m = v = jax.tree.map(jnp.zeros_like, PARAMS)
     expected = PARAMS
@@ -290,7 +290,8 @@ def test_low_precision_is_refused_or_exact():
 
 def test_accumulated_gradients():
     """MultiSteps around: only emitted updates count. apply_if_finite around: bad ones do not."""
-    inner = optax.chain(optax.sgd(0.05), pathcond.recondition(SMALL_SPEC, every=2, method="block"))
+    element = pathcond.recondition(SMALL_SPEC, every=2, method="block", max_log_scale=None)
+    inner = optax.chain(optax.sgd(0.05), element)
     optimizer = optax.apply_if_finite(optax.MultiSteps(inner, 2).gradient_transformation(), 5)
     params, state, step = SMALL, optimizer.init(SMALL), stepper(optimizer)
     reference = SMALL
@@ -308,9 +309,40 @@ def test_accumulated_gradients():
     assert int(state.inner_state.inner_opt_state[1].num_updates) == 4
 
 
+def test_a_due_update_moves_no_scale_further_than_the_bound():
+    """A last layer that was 0 three steps ago asks for scales that the next step would not."""
+    params = jax.tree.map(jnp.copy, PARAMS)
+    last = params[NAMES[-1]]
+    last["kernel"] = 1e-3 * last["kernel"]
+    far, _ = pathcond.condition(params, SPEC)
+    still = jax.tree.map(jnp.zeros_like, params)
+    ends = {}
+    for limit in (1.0, 0.25, None):
+        bound = {} if limit == 1.0 else {"max_log_scale": limit}
+        element = pathcond.recondition(SPEC, every=1, **bound)
+        updates, state = element.update(still, element.init(params), params)
+        moved = optax.apply_updates(params, updates)
+        largest = max(float(jnp.abs(z).max()) for z in state.log_scales)
+        ends[limit] = (largest, int(state.status))
+        assert function_error(params, moved) < 1e-5
+    np.testing.assert_allclose([ends[1.0][0], ends[0.25][0]], [1.0, 0.25], rtol=1e-5)
+    assert ends[1.0][1] == ends[0.25][1] == pathcond.Status.CLIPPED
+    assert ends[None][0] > 1.5
+    # One due update after the other comes to the optimum all the same.
+    element = pathcond.recondition(SPEC, every=1)
+    state = element.init(params)
+    for _ in range(20):
+        updates, state = element.update(still, state, params)
+        params = optax.apply_updates(params, updates)
+    assert state.status == pathcond.Status.CONVERGED
+    chex.assert_trees_all_close(params, far, rtol=1e-3)
+
+
 def test_lookahead_slow_weights_travel():
     plain = optax.lookahead(optax.sgd(0.05, momentum=0.9), sync_period=3, slow_step_size=0.5)
-    optimizer = pathcond.reconditioned(plain, SMALL_SPEC, every=2, method="block")
+    optimizer = pathcond.reconditioned(
+        plain, SMALL_SPEC, every=2, method="block", max_log_scale=None
+    )
     params = expected = optax.LookaheadParams.init_synced(SMALL)
     state, plain_state = optimizer.init(params), plain.init(params)
     step, plain_step = stepper(optimizer), stepper(plain)
@@ -518,7 +550,9 @@ def test_the_contents_of_params_with_current_statistics():
         element.update(grads, element.init(SMALL), SMALL)
 
     inner = optax.chain(pathcond.scale_by_path(WHOLE_SPEC, every=2), optax.sgd(0.01, momentum=0.9))
-    optimizer = pathcond.reconditioned(inner, WHOLE_SPEC, every=1, method="block")
+    optimizer = pathcond.reconditioned(
+        inner, WHOLE_SPEC, every=1, method="block", max_log_scale=None
+    )
     state = optimizer.init(SMALL)
     updates, state = jax.jit(optimizer.update)(grads, state, SMALL, stats=stats)
     plain, _ = inner.update(grads, inner.init(SMALL), SMALL, stats=stats)

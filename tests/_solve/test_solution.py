@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pathcond_jax as pathcond
+from pathcond_jax._action.check import random_log_scales
 from pathcond_jax._solve.solution import Solution
 
 Status = pathcond.Status
@@ -109,12 +110,51 @@ def test_the_objective_before_is_that_of_the_parameters_as_they_are(criterion):
     assert first.objective_before > first.objective
 
 
-def test_the_objective_falls_by_the_score():
-    rng = np.random.default_rng(0)
-    params = {name: {"w": jnp.asarray(rng.normal(size=(3, 3)), "float32")} for name in "abc"}
-    spec = pathcond.chain_spec(params, ["a", "b", "c"])
-    moved, solution = pathcond.condition(params, spec)
+def padded(params, x):
+    """Of 3 × 3 kernels on one pixel, eight positions see only padding."""
+    for name in "abc":
+        x = jax.lax.conv_general_dilated(
+            x, params[name]["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + params[name]["b"].reshape(1, 1, 1, -1))
+    return x
 
-    fall = (solution.objective_before - solution.objective) / spec.num_parameters
+
+def networks():
+    rng = np.random.default_rng(0)
+    dense = {name: {"w": jnp.asarray(rng.normal(size=(3, 3)), "float32")} for name in "abc"}
+    yield "dense", dense, pathcond.chain_spec(dense, ["a", "b", "c"]), 27
+    image = {
+        name: {
+            "w": jnp.asarray(rng.normal(size=(3, 3, inside, outside)), "float32"),
+            "b": jnp.asarray(rng.normal(size=outside), "float32"),
+        }
+        for name, inside, outside in (("a", 2, 4), ("b", 4, 3), ("c", 3, 2))
+    }
+    spec = pathcond.trace_spec(padded, image, jnp.ones((1, 1, 1, 2)))
+    yield "one pixel", image, spec, 2 * 4 + 4 * 3 + 3 * 2 + 4 + 3 + 2
+
+
+@pytest.mark.parametrize(("_", "params", "spec", "count"), [*networks()])
+def test_the_objective_falls_by_the_score(_, params, spec, count):
+    """Entries without a path, on which no scale does anything, count in neither."""
+    moved, solution = pathcond.condition(params, spec)
+    fall = (solution.objective_before - solution.objective) / count
     score = [pathcond.conditioning_score(tree, spec) for tree in (params, moved)]
+
+    assert sum(int((g > 0).sum()) for g in jax.tree.leaves(pathcond.gram_diagonal(params, spec))) == count
+    assert score[1] < score[0]
     np.testing.assert_allclose(fall, score[0] - score[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["newton", "block", "coordinate"])
+def test_the_score_is_least_at_the_optimum_whatever_has_no_path(method):
+    *_, (_, params, spec, _) = networks()
+    best, solution = pathcond.condition(params, spec, method=method, max_steps=1000)
+    least = pathcond.conditioning_score(best, spec)
+
+    assert solution.status == pathcond.Status.CONVERGED
+    for seed in range(4):
+        noise = random_log_scales(jax.random.key(seed), spec)
+        near = pathcond.rescale(best, spec, tuple(0.1 * z for z in noise))
+        assert pathcond.conditioning_score(near, spec) > least

@@ -181,8 +181,9 @@ def value_and_gradient(z, b, terms, linear):
 
 
 def path_terms(spec, gram):
-    b = incidences(spec)
-    return b, [(float(len(b)), 2.0, flat(spec, gram))], 2 * b.sum(0)
+    b, masses = incidences(spec), flat(spec, gram)
+    present = masses > 0
+    return b, [(float(present.sum()), 2.0, masses)], 2 * b[present].sum(0)
 
 
 def minimum(problem, limit=None, fixed=None):
