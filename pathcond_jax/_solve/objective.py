@@ -137,7 +137,7 @@ def _positive(
     for block, count in zip(layout(spec).blocks, counts, strict=True):
         for axis, per_slice in ((block.rows, count.sum(2)), (block.cols, count.sum(1))):
             for link in axis.links:
-                own = linear[link.group] + 2 * link.sign * _per_neuron(
+                own = linear[link.group] + 2 * link.entry * _per_neuron(
                     link, per_slice.astype(dtype), spec.groups[link.group].size
                 )
                 linear[link.group] = own
