@@ -287,3 +287,43 @@ def test_goals_of_ranges_are_read_from_the_layout(x64):
     goal = criteria.equalize().goal(tree, spec)
     assert isinstance(goal, Ranges)
     assert float(solve(goal, spec).objective) < 1e-9
+
+
+LARGEST = [np.linspace(1.0, 3.0, 4), np.linspace(0.5, 4.0, 5)]
+
+KINDS = {
+    "norm": lambda tree: criteria.norm(),
+    "fisher": lambda tree: criteria.fisher(jax.tree.map(np.square, tree)),
+    "sum": lambda tree: criteria.fisher(jax.tree.map(np.square, tree)) + 0.1 * criteria.norm(4),
+    "convex": lambda tree: criteria.convex(lambda z: sum(jnp.sum((p - 1.0) ** 2) for p in z)),
+    "equalize": lambda tree: criteria.equalize(),
+    "activation": lambda tree: criteria.activation(LARGEST, 0.4),
+    "steepest": lambda tree: criteria.steepest(jax.tree.map(np.cos, tree), 0.5),
+    "difference": lambda tree: (
+        criteria.norm() + 0.1 * criteria.steepest(jax.tree.map(np.cos, tree), 0.5)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_every_solver_promises(x64, kind):
+    tree, spec = built("squared")
+    criterion = KINDS[kind](tree)
+
+    solution = criterion.solve(tree, spec)
+    assert solution.status in (pathcond.Status.CONVERGED, pathcond.Status.CLIPPED)
+    again = criterion.solve(tree, spec, initial=solution)
+    assert int(again.num_steps) <= max(int(solution.num_steps), 1)
+    assert float(again.objective) <= float(solution.objective) + 1e-7 * abs(solution.objective)
+    assert float(solution.objective) <= float(solution.objective_before)
+
+    boxed = criterion.solve(
+        tree, spec, initial=(np.full(4, np.nan), np.full(5, 9.0)), max_log_scale=0.05
+    )
+    assert max(float(abs(z).max()) for z in boxed.log_scales) <= 0.05
+    assert boxed.status == pathcond.Status.CLIPPED
+
+    spoilt = tree | {"c": np.where(tree["c"] == tree["c"].max(), np.nan, tree["c"])}
+    refused = criterion.solve(spoilt, spec)
+    assert refused.status == pathcond.Status.NON_FINITE
+    assert not np.concatenate(refused.log_scales).any()
