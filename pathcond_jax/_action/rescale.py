@@ -85,6 +85,8 @@ def rescale_buffers(
 def round_to_powers_of_two(log_scales: LogScales) -> LogScales:
     """The nearest log-scales whose λ are powers of two, for which rescaling is exact.
 
+    (As long as entries take integer powers of their scales, which they do where they can.)
+
     Args:
       log_scales: one array per group.
 

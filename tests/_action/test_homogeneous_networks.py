@@ -276,6 +276,24 @@ def test_conditioning_while_training_keeps_the_function():
     np.testing.assert_allclose(one, two, atol=1e-4 * float(abs(two).max()))
 
 
+def test_updates_are_shortened_to_what_the_powers_leave_of_their_digits():
+    apply_fn, params, spec = built("squared")
+    small = tuple(jnp.full(group.size, -4.0) for group in spec.groups)
+    params = pathcond.rescale(jax.tree.map(jnp.asarray, params), spec, small)
+    element = pathcond.recondition(spec, every=1, criterion="enorm")
+
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, state = element.update(still, element.init(params), params)
+    moved = optax.apply_updates(params, updates)
+
+    assert state.status == pathcond.Status.CLIPPED
+    largest = max(float(abs(z).max()) for z in state.log_scales)
+    # Of the 24 bits of a float32 an entry that shrinks by λ² is to keep 16.
+    assert largest == pytest.approx(7 * np.log(2.0) / 2, rel=1e-5)
+    before, after = (apply_fn(p, example()) for p in (params, moved))
+    np.testing.assert_allclose(after, before, atol=1e-5 * float(abs(before).max()))
+
+
 def test_there_and_back(network):
     _, params, spec = network
     rng = np.random.default_rng(4)
