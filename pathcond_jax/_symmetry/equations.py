@@ -299,11 +299,8 @@ def _components(
     why = np.full(number, never)
     np.minimum.at(why, classes[zeros[0]], zeros[1])
     np.minimum.at(why, classes[zeros[0] + count], zeros[1])
-    contradiction = classes[:count] == classes[count:]
-    contradictory = np.zeros(number, bool)
-    contradictory[classes[:count][contradiction]] = True
-    inside = contradictory[classes[left]]
-    np.minimum.at(why, classes[left[inside]], pair_origins[inside])
+    broken, first = _contradictions(classes, edges, np.concatenate([pair_origins, pair_origins]))
+    np.minimum.at(why, broken, first)
     why_label = np.minimum(why[classes[:count]], why[classes[count:]])
     dead = why_label < never
     ties = np.full(number, never)
@@ -316,6 +313,34 @@ def _components(
         np.where(dead, why_label, -1),
         np.where(tie < never, tie, -1),
     )
+
+
+def _contradictions(
+    classes: np.ndarray, edges: tuple[np.ndarray, np.ndarray], origins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that hold a label and its inverse, and the first origin that makes them do so.
+
+    It is looked for by bisection, in all classes at once.
+    """
+    count = len(classes) // 2
+    broken = np.unique(classes[:count][classes[:count] == classes[count:]])
+    if not broken.size:
+        return broken, broken
+    inside = np.isin(classes[edges[0]], broken)
+    nodes, ends = np.unique(np.stack(edges)[:, inside], return_inverse=True)
+    ends = ends.reshape(2, -1)
+    inverse = np.searchsorted(nodes, (nodes + count) % (2 * count))
+    levels, level = np.unique(origins[inside], return_inverse=True)
+    class_of = np.searchsorted(broken, classes[nodes])
+    low, high = np.zeros(len(broken), np.int64), np.full(len(broken), len(levels) - 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        one, two = ends[:, level <= middle[class_of[ends[0]]]]
+        graph = sparse.csr_matrix((np.ones(len(one), bool), (one, two)), (len(nodes),) * 2)
+        _, found = csgraph.connected_components(graph, directed=False)
+        already = np.isin(np.arange(len(broken)), class_of[found == found[inverse]])
+        low, high = np.where(already, low, middle + 1), np.where(already, middle, high)
+    return broken, levels[high]
 
 
 def _eliminate(current: Any, rank: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, Round
 from pathcond_jax._symmetry import loops, rules, structural_rules  # noqa: F401
 from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, null_space
 from pathcond_jax._symmetry.invariance import one_sided_slices
-from pathcond_jax._symmetry.values import Analysis, Reason, Scale, connected
+from pathcond_jax._symmetry.values import Analysis, Reason, Scale
 
 _MAX_PASSES = 8
 # Powers of a scale are simple if the quotients of any two have denominators up to this.
@@ -70,8 +70,7 @@ def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
         arguments += [Scale(signal=True)] * (len(graph.inputs) - len(leaves))
         for scale in analysis.run(graph, arguments):
             origin = analysis.because("the network's output must not change", None)
-            for group in connected(scale.terms):
-                analysis.equations.require(group, origin)
+            analysis.vanish(scale.terms, origin)
         if not analysis.requests:
             break
         for leaf, axes in analysis.requests:

@@ -119,6 +119,22 @@ class Analysis:
             self.reasons.append(reason)
         return len(self.reasons) - 1
 
+    def vanish(self, terms: Iterable[Term], origin: int) -> None:
+        """Demands Σ terms = 0.
+
+        Terms with disjoint axes vanish together where each group is constant along its own axes
+        and these constants, new labels, add up to 0: what a vector over channels gains everywhere,
+        a kernel over positions may lose.
+        """
+        groups = connected(cancel(list(terms)))
+        constants = []
+        for group in groups[1:]:
+            scalar = (1,) * group[0].labels.ndim
+            constants.append(Term(1.0, self.equations.new(scalar)))
+            self.equations.require([*group, constants[-1]], origin)
+        if groups:
+            self.equations.require([*groups[0], *powered(constants, -1.0)], origin)
+
     def run(self, graph: Graph, arguments: Sequence[Scale]) -> list[Scale]:
         """The scales of the graph's outputs."""
         env = dict(zip(graph.inputs, arguments, strict=True))
@@ -213,8 +229,7 @@ class Scope:
     def pin(self, *scales: Scale, because: str = "does not let a scale pass") -> None:
         """Demands that values keep their scale."""
         for scale in scales:
-            for group in connected(scale.terms):
-                self.require(group, because)
+            self.analysis.vanish(scale.terms, self.because(because))
 
     def leaf_blocks(self, term: Term) -> list[tuple[int, tuple[int, ...]]]:
         """The leaves, and sets of their axes, whose labels a term has."""
@@ -298,9 +313,10 @@ class Scope:
     def _equate_two(self, one: Terms, two: Terms, ndim: int, because: str) -> Terms:
         if is_wild(one) or is_wild(two):
             return two if is_wild(one) else one
-        for group in connected(cancel([*one, *powered(two, -1.0)])):
+        difference = cancel([*one, *powered(two, -1.0)])
+        for group in connected(difference):
             self.ask_to_join(group)
-            self.require(group, because)
+        self.analysis.vanish(difference, self.because(because))
         if not has_wild((*one, *two)):
             # Prefer what operations have named over labels of leaves, then what names more axes.
             return min(one, two, key=lambda terms: (any(map(self.leaf_blocks, terms)), not terms))

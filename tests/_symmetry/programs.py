@@ -47,8 +47,9 @@ class Program:
         else:
             alike = [name for name in alike if int(name[1:]) < self._count]
         name = alike[0] if self._share and alike else f"p{self._count}"
-        if name not in self.shapes:
-            self.shapes[name] = shape
+        # Traced on other shapes, it may ask for a parameter that it does not have.
+        if self._params is None:
+            self.shapes.setdefault(name, shape)
         self._count += name == f"p{self._count}"
         return jnp.ones(shape) if self._params is None else self._params[name]
 

@@ -1,0 +1,111 @@
+"""One operation at a time: the neurons found are all diagonal rescalings that there are.
+
+The dimension is counted numerically: that of the null space of the derivative of the outputs by
+the logarithms of the parameters, at many parameters and inputs at once. A rule that demands too
+little finds more neurons than that, one that demands too much finds fewer.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import pathcond_jax as pathcond
+
+_DRAWS = 6
+
+
+def dimension(apply_fn, shapes, input_shape):
+    """How many independent diagonal rescalings leave the outputs as they are."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(_DRAWS):
+        # Large values too, so that bounds are met and positions change.
+        params = {
+            name: rng.uniform(0.3, 1.5, shape) * rng.choice([-3, -1, 1, 3], shape)
+            for name, shape in shapes.items()
+        }
+        flat, restore = ravel_pytree(params)
+        x = rng.normal(size=input_shape) * rng.choice([1, 3])
+
+        def outputs(logs, flat=flat, restore=restore, x=x):
+            return ravel_pytree(apply_fn(restore(flat * jnp.exp(logs)), x))[0]
+
+        jacobian = np.asarray(jax.jacfwd(outputs)(jnp.zeros(flat.size)))
+        size = abs(jacobian).max(1, keepdims=True)
+        rows.append(jacobian / np.where(size > 0, size, 1.0))
+    return flat.size - np.linalg.matrix_rank(np.concatenate(rows), tol=1e-7)
+
+
+def traced(apply_fn, shapes, input_shape):
+    params = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in shapes.items()}
+    return pathcond.trace_spec(apply_fn, params, jax.ShapeDtypeStruct(input_shape, np.float64))
+
+
+# --- scales exchanged along whole axes ------------------------------------------------------------
+
+MIXER = {"scale": (4,), "bias": (4,), "w": (3, 5), "c": (5,), "v": (5, 3), "d": (3,)}
+
+
+def token_mixer(params, x):
+    """The tokens of a normalized value mixed: what all channels gain, the first kernel may lose."""
+    centred = x - x.mean(-1, keepdims=True)
+    normal = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    tokens = jnp.swapaxes(normal * params["scale"] + params["bias"], -1, -2)
+    mixed = jax.nn.gelu(tokens @ params["w"] + params["c"]) @ params["v"] + params["d"]
+    return jnp.swapaxes(mixed, -1, -2)
+
+
+def scaled_on_another_axis(params, x):
+    return (x * params["scale"][:, None]) @ params["w"]
+
+
+def scaled_on_three_axes(params, x):
+    scales = params["a"][:, None, None] * params["b"][:, None] * params["c"]
+    return jnp.tanh(x * scales)
+
+
+def added_on_separate_axes(params, x):
+    """Two sums over axes that must agree: what the rows differ by, the columns may not."""
+    one = x * params["a"][:, None] * params["b"]
+    two = x * params["c"][:, None] * params["d"]
+    return jnp.tanh(jax.nn.relu(one + two) * params["e"])
+
+
+def selected_on_separate_axes(params, x):
+    one = x * params["a"][:, None] * params["b"]
+    two = x * params["c"][:, None] * params["d"]
+    return jnp.where(x > 0, one, two) * params["e"]
+
+
+def outer_product_of_itself(params, x):
+    """Both axes carry the same labels: a constant for both can only be 0."""
+    h = x @ params["w"]
+    return jnp.tanh(h[:, :, None] * h[:, None, :]) @ params["v"]
+
+
+PRODUCTS = {"a": (3,), "b": (4,), "c": (3,), "d": (4,), "e": (4,)}
+
+EXCHANGED = {
+    token_mixer: (MIXER, (2, 3, 4), 1),
+    scaled_on_another_axis: ({"scale": (3,), "w": (4, 2)}, (2, 3, 4), 1),
+    scaled_on_three_axes: ({"a": (2,), "b": (3,), "c": (4,)}, (2, 3, 4), 2),
+    added_on_separate_axes: (PRODUCTS, (2, 3, 4), 6),
+    selected_on_separate_axes: (PRODUCTS, (2, 3, 4), 6),
+    outer_product_of_itself: ({"w": (3, 4), "v": (4, 2)}, (2, 3), 0),
+}
+
+CASES = EXCHANGED
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("apply_fn", CASES, ids=lambda function: function.__name__)
+def test_neurons_are_all_dimensions(apply_fn):
+    shapes, input_shape, expected = CASES[apply_fn]
+
+    with jax.numpy_rank_promotion("allow"):
+        spec = traced(apply_fn, shapes, input_shape)
+
+        assert spec.num_neurons == expected, str(spec)
+        assert dimension(apply_fn, shapes, input_shape) == expected
