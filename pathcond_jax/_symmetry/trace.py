@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._program.graph import Graph, trace
+from pathcond_jax._program.inference import inference_form
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import describe_leaves, layer_path
@@ -54,7 +55,8 @@ def infer_spec(
     _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
     found, pinned, rounded = infer(graph, leaves) if groups is None else (groups, (), ())
     shapes = jax.tree.map(_shape_of, tuple(inputs))
-    program = _one_example(apply_fn, params, shapes, graph)
+    states = [k for k, leaf in enumerate(leaves) if not leaf.trainable]
+    program = _one_example(apply_fn, params, shapes, graph, states)
     spec = ArchSpec(
         cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes, rounded
     )
@@ -66,9 +68,14 @@ def _shape_of(value: Any) -> jax.ShapeDtypeStruct:
 
 
 def _one_example(
-    apply_fn: Callable[..., Any], params: PyTree, inputs: PyTree, graph: Graph
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    inputs: PyTree,
+    graph: Graph,
+    states: Sequence[int],
 ) -> Graph:
-    """The program on one example: paths are those of one example, whatever the batch."""
+    """The program of inference on one example: paths are those of one, whatever the batch."""
+    graph = inference_form(graph, [graph.inputs[k] for k in states])
     values = [graph.avals[k] for k in graph.inputs[-len(jax.tree.leaves(inputs)) :]]
     values += [graph.avals[k] for k in graph.outputs]
     sizes = {aval.shape[0] if aval.shape else None for aval in values}
@@ -77,6 +84,7 @@ def _one_example(
     single = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
     try:
         shorter = trace(apply_fn, params, *single)
+        shorter = inference_form(shorter, [shorter.inputs[k] for k in states])
     except Exception:
         # The leading axis is no batch, or the model insists on its length, in whatever way.
         return graph
