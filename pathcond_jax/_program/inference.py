@@ -58,10 +58,10 @@ def _averaged(
     """The state and the value of the batch of which a node returns ``m·state + (1 − m)·value``."""
     if node.primitive is not _ADD:
         return None
-    terms = [_multiple(graph, makers.get(number)) for number in node.inputs]
-    if None in terms:
+    one, two = (_multiple(graph, makers.get(number)) for number in node.inputs)
+    if one is None or two is None:
         return None
-    for (weight, state), (other, value) in (terms, terms[::-1]):
+    for (weight, state), (other, value) in ((one, two), (two, one)):
         alike = graph.avals[state] == graph.avals[value]
         if state in states and value not in states and alike and abs(weight + other - 1) < 1e-5:
             return state, value
