@@ -1,6 +1,7 @@
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
+VENV_REAL_MODELS ?= .venv-real-models
 WORKERS ?= 2
 ARGS ?=
 COUNT ?= 1000
@@ -26,10 +27,10 @@ pip_install = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test studies fuzz lint format typecheck wheel oldest newest bench clean
+.PHONY: help install demo test studies fuzz lint format typecheck wheel oldest newest real-models bench clean
 
 help:  ## list the commands
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
 install: $(VENV)/installed $(VENV_OLDEST)/installed $(VENV_NEWEST)/installed  ## set up the environments of test, oldest and newest
 
@@ -74,6 +75,10 @@ oldest: $(VENV_OLDEST)/installed  ## run the core tests on the oldest supported 
 newest: $(VENV_NEWEST)/installed  ## run the core tests on the newest Python found, and the newest versions for it
 	$(VENV_NEWEST)/bin/python $(core_tests)
 
+real-models: $(VENV_REAL_MODELS)/installed  ## rescale models of public packages, and write docs/real_models.md
+	$(VENV_REAL_MODELS)/bin/python -m pytest -n $(WORKERS) tests/real_models/test_real_models.py $(ARGS)
+	$(VENV_REAL_MODELS)/bin/python tests/real_models/page.py
+
 # What a log of CI should say it tested.
 versions = -c 'import platform as p, importlib.metadata as m; print("$(@D): Python " + p.python_version(), *(f"{n} {m.version(n)}" for n in ("jax", "flax", "optax", "numpy")), sep=", ")'
 
@@ -96,6 +101,9 @@ $(VENV_OLDEST)/installed: pyproject.toml .ci/oldest.txt
 $(VENV_NEWEST)/installed: pyproject.toml
 	$(call install,$(PYTHON_NEWEST),--upgrade --upgrade-strategy eager --editable '.[test]',Python 3.11 or newer,3.13,PYTHON_NEWEST)
 
+$(VENV_REAL_MODELS)/installed: pyproject.toml tests/real_models/requirements.txt
+	$(call install,$(PYTHON_NEWEST),--editable '.[test]' --requirement tests/real_models/requirements.txt,Python 3.11 or newer,3.13,PYTHON_NEWEST)
+
 bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" times the authors' code too
 	mkdir -p build
 	$(VENV)/bin/python benchmarks/conditioning.py --json build/conditioning.json $(ARGS)
@@ -104,5 +112,5 @@ bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" ti
 	$(VENV)/bin/python benchmarks/gating.py
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_REAL_MODELS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
