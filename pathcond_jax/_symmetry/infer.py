@@ -373,7 +373,7 @@ def _unique_names(firsts: Sequence[Incidence]) -> list[str]:
     layers = [_layer_name(first.path) for first in firsts]
     count = Counter(layers)
     for layer, first in zip(layers, firsts, strict=True):
-        slices = np.unique(np.nonzero(first.index >= 0)[0])
+        slices = np.unique(np.nonzero(np.atleast_1d(first.index) >= 0)[0])
         one = count[layer] > 1 and first.index.ndim > 1 and len(slices) == 1
         name = f"{layer}[{slices[0]}]" if one else layer
         seen[name] += 1

@@ -258,3 +258,11 @@ def test_integer_time_steps_are_an_input_like_any_other():
     ]
     with pytest.raises(pathcond.NotPathLiftableError, match="give trace_spec floating inputs"):
         pathcond.path_norm(params, spec)
+
+
+def test_a_neuron_that_a_scalar_enters_has_a_name():
+    def apply_fn(params, x):
+        return jax.nn.relu(x.sum(-1, keepdims=True) * params["s"]) @ params["v"]
+
+    spec = pathcond.trace_spec(apply_fn, {"s": jnp.ones(()), "v": jnp.ones((1, 3))}, vectors)
+    assert [group.name for group in spec.groups] == ["s"]
