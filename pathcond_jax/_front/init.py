@@ -8,8 +8,11 @@ import jax
 
 from pathcond_jax._action.condition import condition
 from pathcond_jax._front.nnx import condition_nnx
+from pathcond_jax._solve.solution import Solution
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax.criteria._base import Criterion
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -18,7 +21,17 @@ Model = TypeVar("Model", bound="nnx.Module")
 
 
 def conditioned_init(
-    init_fn: Callable[..., PyTree], spec: ArchSpec, **options: Any
+    init_fn: Callable[..., PyTree],
+    spec: ArchSpec,
+    *,
+    criterion: Criterion | str = "path",
+    method: str | None = None,
+    max_steps: int | None = None,
+    tol: float | None = None,
+    max_log_scale: float | None = None,
+    initial: LogScales | Solution | None = None,
+    norm_weight: float | jax.Array = 0.0,
+    rounding: str | None = None,
 ) -> Callable[..., PyTree]:
     """An init function that returns conditioned parameters of the same network.
 
@@ -26,7 +39,14 @@ def conditioned_init(
       init_fn: returns the parameters, such as ``model.init`` of Flax linen.
       spec: the architecture, built for what ``init_fn`` returns, or, if that is a mapping, for
         its ``"params"`` alone. Other collections are returned as they are.
-      **options: of ``condition``: ``criterion``, ``method``, ``max_log_scale``, ``rounding``, ...
+      criterion: what to balance, as in ``condition``; so are the options that follow.
+      method: how to solve it.
+      max_steps: at most so many steps or sweeps.
+      tol: when to stop.
+      max_log_scale: the box ``|z| ≤ max_log_scale``.
+      initial: log-scales to start from, or a solution.
+      norm_weight: μ ≥ 0, weighs the norm of the parameters beside the criterion.
+      rounding: ``"power_of_two"`` for scales that are powers of two.
 
     Returns:
       A function of the arguments of ``init_fn``. It may be jitted, and vmapped over keys. Where
@@ -56,16 +76,28 @@ def conditioned_init(
     if not isinstance(spec, ArchSpec):
         raise SpecError(f"spec must be an ArchSpec, not of type {type(spec).__name__}")
 
+    conditioned = functools.partial(
+        condition,
+        spec=spec,
+        criterion=criterion,
+        method=method,
+        max_steps=max_steps,
+        tol=tol,
+        max_log_scale=max_log_scale,
+        initial=initial,
+        norm_weight=norm_weight,
+        rounding=rounding,
+    )
+
     @functools.wraps(init_fn)
     def init(*args: Any, **kwargs: Any) -> PyTree:
         variables = init_fn(*args, **kwargs)
         if jax.tree.structure(variables) != spec.treedef and isinstance(variables, Mapping):
             params = variables.get("params")
             if jax.tree.structure(params) == spec.treedef:
-                conditioned, _ = condition(params, spec, **options)
                 mapping: Callable[..., PyTree] = type(variables)
-                return mapping({**variables, "params": conditioned})
-        return condition(variables, spec, **options)[0]
+                return mapping({**variables, "params": conditioned(params)[0]})
+        return conditioned(variables)[0]
 
     return init
 

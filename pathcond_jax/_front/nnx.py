@@ -7,9 +7,11 @@ import jax
 from pathcond_jax._action.condition import condition
 from pathcond_jax._front.trace import trace_spec
 from pathcond_jax._solve.solution import Solution
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import leaf_path
 from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax.criteria._base import Criterion
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -84,7 +86,17 @@ def nnx_spec(
 
 
 def condition_nnx(
-    model: "nnx.Module", *inputs: Any, spec: ArchSpec | None = None, **options: Any
+    model: "nnx.Module",
+    *inputs: Any,
+    spec: ArchSpec | None = None,
+    criterion: Criterion | str | None = None,
+    method: str | None = None,
+    max_steps: int | None = None,
+    tol: float | None = None,
+    max_log_scale: float | None = None,
+    initial: LogScales | Solution | None = None,
+    norm_weight: float | jax.Array = 0.0,
+    rounding: str | None = None,
 ) -> Solution:
     """Moves the parameters of a Flax nnx module to the best representative of its function.
 
@@ -97,7 +109,15 @@ def condition_nnx(
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; or ``nnx_spec(model, *inputs)``
         and, after it, nothing or the criterion.
       spec: the spec, by name.
-      **options: of ``condition``: ``criterion``, ``method``, ``max_log_scale``, ``rounding``, ...
+      criterion: what to balance, as in ``condition``; None: ``"path"``. The options that
+        follow are those of ``condition`` too.
+      method: how to solve it.
+      max_steps: at most so many steps or sweeps.
+      tol: when to stop.
+      max_log_scale: the box ``|z| ≤ max_log_scale``.
+      initial: log-scales to start from, or a solution.
+      norm_weight: μ ≥ 0, weighs the norm of the parameters beside the criterion.
+      rounding: ``"power_of_two"`` for scales that are powers of two.
 
     Returns:
       The solution; its status says whether the parameters were finite.
@@ -127,13 +147,26 @@ def condition_nnx(
     """
     from flax import nnx
 
-    criterion: list[Any] = []
     if inputs and isinstance(inputs[0], ArchSpec):
         if spec is not None:
             raise SpecError("condition_nnx got two specs; pass one of them")
-        spec, *criterion = inputs
+        spec, *rest = inputs
+        if len(rest) + (criterion is not None) > 1:
+            raise SpecError("after a spec, condition_nnx takes one criterion and nothing else")
+        criterion = rest[0] if rest else criterion
     spec = nnx_spec(model, *inputs) if spec is None else spec
-    conditioned, solution = condition(nnx_variables(model), spec, *criterion, **options)
+    conditioned, solution = condition(
+        nnx_variables(model),
+        spec,
+        "path" if criterion is None else criterion,
+        method=method,
+        max_steps=max_steps,
+        tol=tol,
+        max_log_scale=max_log_scale,
+        initial=initial,
+        norm_weight=norm_weight,
+        rounding=rounding,
+    )
     # State is rescaled by a spec of `rescale_state=True` only; else it is the model's own already.
     moved = {path.partition("/")[0] for path in spec.rescaled_paths}
     nnx.update(model, *(conditioned[part] for part in ("params", "state") if part in moved))

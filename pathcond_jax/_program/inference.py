@@ -1,4 +1,4 @@
-"""A program traced in training mode, as it will be used: running statistics for those of a batch."""
+"""A program traced in training mode as inference runs it, with running statistics."""
 
 import dataclasses
 from collections.abc import Collection
