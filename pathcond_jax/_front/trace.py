@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pathcond_jax._action.verify import affordable, verify
+from pathcond_jax._action.verify import affordable, verify, verify_paths
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import NeuronGroup, PyTree, SpecError, listed
 from pathcond_jax._symmetry.trace import defined_at, infer_spec
@@ -89,9 +89,12 @@ def trace_spec(
         rescale_state=rescale_state,
     )
     if check and groups is None:
+        values = jax.tree.leaves((params, inputs))
         program = next(filter(affordable, (graph, spec.program)), None)
         if program is not None:
-            verify(program, spec, jax.tree.leaves((params, inputs)))
+            verify(program, spec, values)
+        if affordable(spec.program):
+            verify_paths(spec, values)
     return spec
 
 

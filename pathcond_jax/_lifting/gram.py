@@ -23,6 +23,7 @@ into plain ones. Two cases need more than one sweep: entries that a path meets t
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,13 @@ from pathcond_jax._lifting import rules  # noqa: F401
 from pathcond_jax._lifting.head import advised
 from pathcond_jax._lifting.interpreter import Lifting
 from pathcond_jax._lifting.paths import list_paths
-from pathcond_jax._lifting.values import NotPathLiftableError, RefusedOperationError
+from pathcond_jax._lifting.values import (
+    NotPathLiftableError,
+    RefusedOperationError,
+    Signal,
+    Value,
+)
+from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, log_of
@@ -300,6 +307,32 @@ def _log_mean_ratio(logs: jax.Array) -> jax.Array:
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> Scaled:
     return Scaled(jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+def sums_over_paths(
+    spec: ArchSpec, made: list[tuple[Node, int]], leaves: Sequence[Any]
+) -> list[Scaled]:
+    """The sums Σ_p Φ_p² up to each result of the program.
+
+    Args:
+      spec: the architecture.
+      made: a list that each sum's operation and value id are added to.
+      leaves: the parameters.
+    """
+    found: list[Scaled] = []
+
+    class Recorded(Lifting):
+        def _apply(self, graph: Graph, node: Node, inputs: list[Value]) -> Sequence[Value]:
+            results = super()._apply(graph, node, inputs)
+            for number, value in zip(node.outputs, results, strict=True):
+                if isinstance(value, Signal) and graph is spec.program:
+                    made.append((node, number))
+                    found.append(self.power(value))
+            return results
+
+    trainable = [leaf.trainable for leaf in spec.leaves]
+    Recorded(spec.program, leaves, trainable, order=2, max_pool=spec.max_pool)
+    return found
 
 
 def _lifting(params: PyTree, spec: ArchSpec, order: int, **options: Any) -> Lifting:

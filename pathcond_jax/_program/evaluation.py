@@ -6,6 +6,8 @@ floats round nothing, and random numbers are numpy's. What has no rule is run by
 program's own dtypes. ``work`` says beforehand what a run will cost.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._program import control_flow
-from pathcond_jax._program.graph import Graph, Node
+from pathcond_jax._program.graph import Constants, Graph, Node
 from pathcond_jax._program.primitives import RuleTable, find
 
 Avals = Mapping[int, jax.ShapeDtypeStruct]
@@ -77,10 +79,36 @@ def _constant(graph: Graph, number: int) -> Any:
 
 def held(value: Any) -> Any:
     """An array as :func:`run` computes with it: floats in float64; a key as zeros of its shape."""
-    if jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
+    if jnp.issubdtype(getattr(value, "dtype", bool), jax.dtypes.extended):
         return np.zeros(np.shape(value), np.uint32)
     array = np.asarray(value)
     return array.astype(_wide(array.dtype), copy=False)
+
+
+def draws_numbers(graph: Graph) -> bool:
+    """Whether a constant is random and not drawn yet: :func:`run` would draw another one."""
+    pending = [graph.constants.stored(number) for number in graph.constants]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Node):
+            if node.primitive in _RANDOM:
+                return True
+            pending += [graph.constants.stored(number) for number in node.inputs]
+    return False
+
+
+def with_constants(graph: Graph) -> Graph:
+    """The graph with all its constants known, those computed here that JAX has not."""
+    with np.errstate(all="ignore"):
+        known = {number: _in_own_dtype(graph, number) for number in graph.constants}
+    return dataclasses.replace(graph, constants=Constants(known, known))
+
+
+def _in_own_dtype(graph: Graph, number: int) -> Any:
+    value = graph.constants.stored(number)
+    if isinstance(value, Node):
+        return np.asarray(_constant(graph, number), graph.avals[number].dtype)
+    return value
 
 
 def work(graph: Graph, loops: int = 1) -> float:
@@ -115,11 +143,13 @@ def _work(node: Node, avals: Avals, loops: int) -> float:
     return _START + _ENTRY * size + inside
 
 
-_SCAN, _WHILE, _COND = find("scan"), find("while"), find("cond")
+_SCAN, _WHILE = find("scan"), find("while")
 _DOT, _CONVOLUTION = find("dot_general"), find("conv_general_dilated")
+_RANDOM = frozenset(map(find, ("random_bits", "random_seed", "random_unwrap", "threefry2x32")))
 _WINDOWS = frozenset(map(find, ("reduce_window_max", "reduce_window_min", "reduce_window_sum")))
 
 
+@functools.cache
 def _wide(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.floating):
         return np.float64
@@ -135,6 +165,7 @@ def _results(node: Node, avals: Avals, values: list[Any]) -> list[Any]:
     return [np.asarray(m, _host_dtype(a.dtype)) for m, a in zip(made, wanted, strict=True)]
 
 
+@functools.cache
 def _host_dtype(dtype: Any) -> Any:
     return np.uint32 if jnp.issubdtype(dtype, jax.dtypes.extended) else _wide(dtype)
 

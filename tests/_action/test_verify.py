@@ -9,8 +9,10 @@ import pytest
 from jax import lax
 
 import pathcond_jax as pathcond
+from pathcond_jax._lifting.interpreter import RULES as LIFTING
 from pathcond_jax._program.primitives import find
-from pathcond_jax._symmetry.values import RULES, mapped
+from pathcond_jax._symmetry.values import RULES as SYMMETRY
+from pathcond_jax._symmetry.values import mapped
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -21,20 +23,22 @@ X = jnp.asarray(np.asarray(RNG.normal(size=(4, 3)), "float32"))
 
 
 @contextlib.contextmanager
-def registered(name, rule):
+def registered(name, rule, table=SYMMETRY):
     """``rule`` in place of the one of a primitive of JAX."""
     primitive = find(name)
-    before = RULES.get(primitive)
-    pathcond.register_rule(primitive, symmetry=rule)
-    yield
-    RULES._entries.pop(primitive)
-    if before is not None:
-        RULES._entries[primitive] = before
+    before = table.get(primitive)
+    pathcond.register_rule(primitive, **{table.analysis: rule})
+    try:
+        yield
+    finally:
+        table._entries.pop(primitive)
+        if before is not None:
+            table._entries[primitive] = before
 
 
 def blind(name):
     """The rule of a primitive without its look at unusual parameters."""
-    return RULES.get(find(name)).function
+    return SYMMETRY.get(find(name)).function
 
 
 def same(scope, scale, *others):
@@ -129,7 +133,7 @@ WRONG = {
     ),
     "a maximum with one": (
         lambda params, x: jnp.maximum(x @ params["w"], 1.0) @ params["v"],
-        *("max", same, "max at"),
+        *("max", same, "test_verify.py"),
     ),
 }
 
@@ -278,3 +282,39 @@ def test_large_networks_are_tried_on_one_example_or_returned_as_they_are():
     wide["w"] = jax.ShapeDtypeStruct((3000, 3000 << 4), jnp.float32)
     with registered("tanh", same):
         assert pathcond.trace_spec(tanh, wide, x).num_neurons == 3000 << 4
+
+
+def gated(params, x):
+    """A selection by another signal between values of two slopes, which no path weight is."""
+    h = hidden(params, x)
+    return jnp.where(x @ params["w2"] > x[:, :1], 5 * h, h) @ params["v"]
+
+
+def scaled(params, x):
+    return jax.nn.relu(hidden(params, x) @ params["u"] * params["b"][None]) @ params["v"]
+
+
+def first_operand(run, node, values):
+    return values[:1]
+
+
+def of_the_first_operand(run, node, values):
+    return [run.combined(lambda x: x.sum(0, keepdims=True) + 0 * x, values[0])]
+
+
+# A program, a primitive, a wrong rule for its paths, and the operation and line to be named.
+WRONG_LIFTINGS = {
+    "a factor that is left out": (scaled, "mul", first_operand, "mul at test_verify.py"),
+    "a mixture": (scaled, "max", of_the_first_operand, "at test_verify.py"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LIFTINGS)
+def test_a_wrong_lifting_raises_and_is_named(name):
+    program, primitive, rule, named = WRONG_LIFTINGS[name]
+    params = {**PARAMS, "b": jnp.arange(1.0, 6.0), "w2": PARAMS["w"] + 1}
+    with registered(primitive, rule, LIFTING):
+        assert pathcond.trace_spec(program, params, X, check=False).num_neurons == 15
+        with pytest.raises(pathcond.WrongSpecError, match="path lifting") as raised:
+            pathcond.trace_spec(program, params, X)
+    assert named in str(raised.value)
