@@ -25,8 +25,8 @@ from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Leaf, SpecError
 
-# Multiplications, about two a nanosecond: beyond this a trace is returned as it is.
-MOST_WORK = 6e9
+# Multiplications, about two a nanosecond: beyond this a check would take longer than the trace.
+MOST_WORK = 3e9
 _MOST_ENTRIES = 1 << 26
 
 # Of the outputs, relative to the largest entry; what rounding does is far below, an error above.
@@ -275,9 +275,8 @@ def _drawn(rng: np.random.Generator, value: Any, leaf: Leaf | None) -> Any:
         return _drawn_integers(rng, value)
     shape = np.shape(value)
     # Away from 0, which a few normal numbers may come close to.
-    away = rng.uniform(0.5, 1.5, shape)
-    if moving:
-        away *= rng.choice([-1.0, 1.0], shape)
+    away = rng.uniform(-1.0, 1.0, shape)
+    away = away + np.copysign(0.5, away) if moving else abs(away) + 0.5
     if known is None:
         return away / np.sqrt(math.prod(shape[:-1])) if leaf is not None and shape[1:] else away
     good = np.isfinite(known) & (known != 0)
