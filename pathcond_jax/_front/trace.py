@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from pathcond_jax._action.verify import affordable, verify, verify_paths
+from pathcond_jax._action.verify import WrongSpecError, affordable, verify, verify_paths
+from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import NeuronGroup, PyTree, SpecError, listed
 from pathcond_jax._symmetry.trace import defined_at, infer_spec
@@ -90,13 +91,22 @@ def trace_spec(
         rescale_state=rescale_state,
     )
     if check and groups is None:
-        values = jax.tree.leaves((params, inputs))
+        _check(graph, spec, jax.tree.leaves((params, inputs)))
+    return spec
+
+
+def _check(graph: Graph, spec: ArchSpec, values: Sequence[Any]) -> None:
+    try:
         program = next(filter(affordable, (graph, spec.program)), None)
         if program is not None:
             verify(program, spec, values)
         if affordable(spec.program):
             verify_paths(spec, values)
-    return spec
+    except WrongSpecError:
+        raise
+    except Exception:
+        # What cannot be tried passes: a check that fails itself says nothing about the spec.
+        return
 
 
 def _check_options(apply_fn: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -142,7 +142,10 @@ def test_the_objective_falls_by_the_score(_, params, spec, count):
     fall = (solution.objective_before - solution.objective) / count
     score = [pathcond.conditioning_score(tree, spec) for tree in (params, moved)]
 
-    assert sum(int((g > 0).sum()) for g in jax.tree.leaves(pathcond.gram_diagonal(params, spec))) == count
+    assert (
+        sum(int((g > 0).sum()) for g in jax.tree.leaves(pathcond.gram_diagonal(params, spec)))
+        == count
+    )
     assert score[1] < score[0]
     np.testing.assert_allclose(fall, score[0] - score[1], rtol=1e-4)
 
