@@ -217,6 +217,6 @@ def _while(node: Node, avals: Avals, *values: Any) -> list[Any]:
 MOST_STEPS = 100
 
 
-@RULES.rule("cond", reads=("branches", "jaxpr", "ft_in", "ft_out", "linear"))
+@RULES.rule("cond", reads=("branches", "branches_platforms", "jaxpr", "ft_in", "ft_out", "linear"))
 def _cond(node: Node, avals: Avals, which: Any, *values: Any) -> list[Any]:
     return run(node.bodies[min(max(int(which), 0), len(node.bodies) - 1)], values)

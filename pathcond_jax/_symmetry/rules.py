@@ -276,7 +276,7 @@ def _conv(scope: Scope, image: Scale, kernel: Scale) -> list[Terms]:
     return [mapped(kept, merged)]
 
 
-@rule("cond", reads=("branches",))
+@rule("cond", reads=("branches", "branches_platforms"))
 def _cond(scope: Scope, which: Scale, *operands: Scale) -> list[Terms]:
     results = [scope.analysis.run(body, operands) for body in scope.node.bodies]
     return [

@@ -55,6 +55,11 @@ def filled_along(params, x):
     return taken @ params["v1"]
 
 
+def dependent_on_platform(params, x):
+    h = lax.platform_dependent(hidden(params, x), cpu=lambda h: h + h, default=lambda h: 2 * h)
+    return h @ params["v"]
+
+
 def reshaped_backward(params, x):
     h = lax.reshape(hidden(params, x), (5, 4), dimensions=(1, 0))
     return params["v"].T @ h
@@ -194,6 +199,7 @@ def padded_and_cut(params, x):
 
 # Neurons that each has; the layers of the programs are 5 wide.
 PROGRAMS = {
+    dependent_on_platform: 5,
     applied_column: 0,
     applied_row: 0,
     filled_known: 0,
