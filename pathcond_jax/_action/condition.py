@@ -1,9 +1,8 @@
 """Conditioning: a criterion's log-scales, applied."""
 
 import jax
-import jax.numpy as jnp
 
-from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
+from pathcond_jax._action.rescale import rescale_unless, round_to_powers_of_two
 from pathcond_jax._solve.solution import Solution, Status
 from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.sharding import automatic
@@ -86,24 +85,7 @@ def condition(
         )
         if rounding is not None:
             solution = solution._replace(log_scales=round_to_powers_of_two(solution.log_scales))
-        # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
         keep = solution.status == Status.NON_FINITE
-        return _unless(keep, params, rescale(params, spec, solution.log_scales)), solution
+        return rescale_unless(keep, params, spec, solution.log_scales), solution
 
     return automatic(conditioned, params)
-
-
-def _unless(keep: jax.Array, old: PyTree, new: PyTree) -> PyTree:
-    """``new``, or ``old`` where ``keep``; leaves that are the same object in both stay it."""
-    before, treedef = jax.tree.flatten(old)
-    after = jax.tree.leaves(new)
-    changed = [k for k, (o, n) in enumerate(zip(before, after, strict=True)) if o is not n]
-    chosen = _where(keep, [before[k] for k in changed], [after[k] for k in changed])
-    for k, value in zip(changed, chosen, strict=True):
-        after[k] = value
-    return jax.tree.unflatten(treedef, after)
-
-
-@jax.jit
-def _where(keep: jax.Array, old: list[jax.Array], new: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.where(keep, o, n) for o, n in zip(old, new, strict=True)]

@@ -1,7 +1,8 @@
 """The group action on parameters, and on anything of their shapes."""
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax import lax
 
 from pathcond_jax._solve.solution import Solution, log_scales_of
 from pathcond_jax._spec.arrays import compute_dtype, widened
-from pathcond_jax._spec.extended_range import times_power_of_two
+from pathcond_jax._spec.extended_range import computed_once, times_power_of_two
 from pathcond_jax._spec.log_scales import LogScales as LogScales
 from pathcond_jax._spec.log_scales import by_group, concatenated
 from pathcond_jax._spec.spec import ArchSpec
@@ -51,13 +52,17 @@ def rescale(
       >>> scaled["a"]["w"].tolist(), scaled["b"]["w"].tolist()
       ([[2.0, 4.0]], [[0.5], [0.25]])
     """
-    values = match_leaves(spec, params)
-    checked = _checked(log_scales, spec)
-    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in spec.rescaled_paths]
-    rescaled = _rescaled([values[k] for k in positions], checked, spec=spec.symmetry, power=power)
-    for k, value in zip(positions, rescaled, strict=True):
-        values[k] = value
-    return jax.tree.unflatten(spec.treedef, values)
+    rescaled = functools.partial(_rescaled, spec=spec.symmetry, power=power)
+    return _with_rescaled(params, spec, log_scales, rescaled)
+
+
+def rescale_unless(
+    keep: jax.Array, params: PyTree, spec: ArchSpec, log_scales: LogScales
+) -> PyTree:
+    """What :func:`rescale` returns, or ``params`` bit for bit where ``keep``."""
+    # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
+    rescaled = functools.partial(_rescaled_unless, keep, spec=spec.symmetry)
+    return _with_rescaled(params, spec, log_scales, rescaled)
 
 
 def rescale_buffers(
@@ -104,10 +109,34 @@ def round_to_powers_of_two(log_scales: LogScales) -> LogScales:
 
 
 class _Factor(NamedTuple):
-    """``mantissa · 2^exponent``: opposite factors meet before either can overflow."""
+    """``first · second``, nearly equal: opposite factors meet before either can overflow."""
 
-    mantissa: jax.Array
-    exponent: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def _with_rescaled(
+    params: PyTree,
+    spec: ArchSpec,
+    log_scales: LogScales | Solution,
+    rescaled: Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]],
+) -> PyTree:
+    """The parameters with those leaves replaced that neurons meet; the others are passed on."""
+    values = match_leaves(spec, params)
+    checked = _checked(log_scales, spec)
+    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in spec.rescaled_paths]
+    replaced = rescaled([values[k] for k in positions], checked)
+    for k, value in zip(positions, replaced, strict=True):
+        values[k] = value
+    return jax.tree.unflatten(spec.treedef, values)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _rescaled_unless(
+    keep: jax.Array, values: list[jax.Array], log_scales: list[jax.Array], *, spec: ArchSpec
+) -> list[jax.Array]:
+    replaced = _rescaled(values, log_scales, spec=spec, power=1)
+    return [jnp.where(keep, old, new) for old, new in zip(values, replaced, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "power"))
@@ -175,38 +204,40 @@ def _factors(log_scales: list[jax.Array], powers: list[float]) -> dict[float, li
         return {}
     # All groups at once, which XLA compiles much faster than one after the other.
     dtype = compute_dtype(*(z.dtype for z in log_scales))
-    all_groups = _factor(concatenated(log_scales, dtype))
+    mantissa, exponent = _exponential(concatenated(log_scales, dtype))
     sizes = [z.size for z in log_scales]
     return {
-        power: [
-            _Factor(*parts)
-            for parts in zip(
-                *(by_group(a, sizes) for a in _to_power(all_groups, power)), strict=True
-            )
-        ]
+        power: [_Factor(*parts) for parts in zip(*halves, strict=True)]
         for power in powers
+        for halves in [
+            [by_group(computed_once(half), sizes) for half in _to_power(mantissa, exponent, power)]
+        ]
     }
 
 
-def _factor(z: jax.Array) -> _Factor:
-    """e^z; exactly a power of two where z is its rounded logarithm."""
+def _exponential(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mantissa and exponent of e^z; exactly a power of two where z is its rounded logarithm."""
     k, nearest = _nearest_power(z)
     # log 2 in two parts, of which the first times k is exact.
     rest = (z - k * (355 / 512)) + k * 2.1219444005469057e-4
     rest = jnp.where(z == nearest, z - lax.stop_gradient(z), rest)
-    return _Factor(jnp.exp(rest), k.astype(jnp.int32))
+    return jnp.exp(rest), k.astype(jnp.int32)
 
 
-def _to_power(factor: _Factor, power: float) -> _Factor:
-    if not float(power).is_integer():
-        exponent = power * factor.exponent.astype(factor.mantissa.dtype)
-        whole = jnp.round(exponent)
-        mantissa = factor.mantissa**power * jnp.exp2(exponent - whole)
-        return _Factor(mantissa, whole.astype(jnp.int32))
-    # An integer power leaves a scale that is a power of two one.
-    power = int(power)
-    mantissa = factor.mantissa ** abs(power)
-    return _Factor(mantissa if power > 0 else 1 / mantissa, power * factor.exponent)
+def _to_power(mantissa: jax.Array, exponent: jax.Array, power: float) -> _Factor:
+    if float(power).is_integer():
+        # An integer power leaves a scale that is a power of two one.
+        whole = mantissa ** abs(int(power))
+        return _halves(whole if power > 0 else 1 / whole, int(power) * exponent)
+    raised = power * exponent.astype(mantissa.dtype)
+    rounded = jnp.round(raised)
+    return _halves(mantissa**power * jnp.exp2(raised - rounded), rounded.astype(jnp.int32))
+
+
+def _halves(mantissa: jax.Array, exponent: jax.Array) -> _Factor:
+    half = lax.shift_right_arithmetic(exponent, np.int32(1))
+    second = times_power_of_two(jnp.ones_like(mantissa), exponent - half)
+    return _Factor(times_power_of_two(mantissa, half), second)
 
 
 def _along_leaf(incidence: Incidence, factor: _Factor, spec: ArchSpec) -> _Factor:
@@ -216,21 +247,21 @@ def _along_leaf(incidence: Incidence, factor: _Factor, spec: ArchSpec) -> _Facto
         shape[axis] = size
     order = np.argsort(incidence.axes)
 
-    def lay_out(values: jax.Array, neutral: int) -> jax.Array:
+    def lay_out(values: jax.Array) -> jax.Array:
         if np.array_equal(incidence.index, np.arange(values.size)):
             return values.reshape(shape)
         taken = values[np.maximum(incidence.index, 0)]
-        taken = jnp.where(incidence.index >= 0, taken, neutral)
+        taken = jnp.where(incidence.index >= 0, taken, 1)
         return taken.transpose(order).reshape(shape)
 
-    return _Factor(lay_out(factor.mantissa, 1), lay_out(factor.exponent, 0))
+    return _Factor(*map(lay_out, factor))
 
 
 def _multiplied(value: jax.Array, factors: Sequence[_Factor]) -> jax.Array:
     value = jnp.asarray(value)
-    dtype = compute_dtype(value.dtype, *(factor.mantissa.dtype for factor in factors))
-    mantissa, exponent = factors[0].mantissa.astype(dtype), factors[0].exponent
-    for factor in factors[1:]:
-        mantissa = mantissa * factor.mantissa.astype(dtype)
-        exponent = exponent + factor.exponent
-    return times_power_of_two(value.astype(dtype) * mantissa, exponent).astype(value.dtype)
+    dtype = compute_dtype(value.dtype, *(part.dtype for factor in factors for part in factor))
+    product = value.astype(dtype)
+    # Two products of a few numbers for each slice, and two with each entry.
+    for halves in zip(*factors, strict=True):
+        product = product * functools.reduce(operator.mul, [half.astype(dtype) for half in halves])
+    return product.astype(value.dtype)

@@ -134,10 +134,8 @@ def fixed_point(
 
 def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, ...]:
     """The logarithms of the largest outgoing and of the largest incoming weight: (H,) each."""
-    exponents = masses.logs - stacks.spread(table, z)
-    maxima = []
-    for values, (x, y) in zip(masses.values, stacks.split_sides(table, exponents), strict=True):
-        logs = jnp.log(values)
-        rows = (logs + y[:, None, :]).max(2) + x
-        maxima.append((rows, (logs + x[:, :, None]).max(1) + y))
-    return stacks.over_neurons(table, stacks.join_sides(maxima), -jnp.inf, lambda met: met.max(1))
+    inner, rest = stacks.levels(table, masses.logs - stacks.spread(table, z))
+    sides = zip(masses.values, stacks.split_sides(table, inner), strict=True)
+    maxima = [((v * y[:, None, :]).max(2), (v * x[:, :, None]).max(1)) for v, (x, y) in sides]
+    logs = rest + jnp.log(stacks.join_sides(maxima))
+    return stacks.over_neurons(table, logs, -jnp.inf, lambda met: met.max(1))

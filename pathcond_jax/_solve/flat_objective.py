@@ -10,7 +10,7 @@ import numpy as np
 
 from pathcond_jax._solve import stacks
 from pathcond_jax._solve.objective import Objective, Smooth
-from pathcond_jax._solve.stacks import Masses, Table
+from pathcond_jax._solve.stacks import Masses, Table, Weights
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.log_scales import by_group, concatenated
 from pathcond_jax._spec.spec import ArchSpec
@@ -189,13 +189,17 @@ def smooth_part(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
     return sum((smooth_value(part, table, z) for part in problem.smooth), zero)
 
 
-def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
-    """The sums of one term at z, from matrix-vector products with the equilibrated masses."""
+def weights(problem: Problem, table: Table, term: int, z: jax.Array) -> Weights:
+    """One term at z, its masses divided by their sum: probabilities of the entries."""
     masses = problem.masses[term]
     exponents = masses.logs + problem.exponents[term] * stacks.spread(table, z)
-    logs = stacks.log_sums(masses, table, exponents)
-    total = stacks.logsumexp(jnp.where(table.is_row, logs, -jnp.inf))
-    return Sums(total, stacks.collect_log(table, logs - total), logs - total)
+    return stacks.weights(masses, table, exponents)
+
+
+def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
+    """The sums of one term at z, from matrix-vector products with the equilibrated masses."""
+    found = weights(problem, table, term, z)
+    return Sums(found.total, stacks.collect_log(table, found.logs), found.logs)
 
 
 def value(problem: Problem, table: Table, z: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """All log-scales at once: Newton's method with conjugate gradients inside.
 
-To be read from :func:`newton` down. A step is :func:`_step`: what is known at z
-(:func:`_evaluate`), a direction (:func:`_conjugate_gradients` on :func:`_hessian_product`), how far
-to go (:func:`_line_search` on :func:`_change`), and how good z is (:func:`_certificate`). The rest
-are two series that keep the digits of small changes, and the neurons that the box holds.
+To be read from :func:`newton` down. What a loop repeats is :func:`_look`: what is known at a point
+(:func:`_evaluate`), whether to go there (:func:`_judge`), the next direction
+(:func:`_conjugate_gradients` on :func:`_hessian_product`), and how good the point is
+(:func:`_certificate`). The rest are the neurons that the box holds.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax import lax
 from pathcond_jax._solve import flat_objective, stacks
 from pathcond_jax._solve.block import block_sweep, colors
 from pathcond_jax._solve.flat_objective import Problem, Run
-from pathcond_jax._solve.stacks import Table
+from pathcond_jax._solve.stacks import Table, Weights
 from pathcond_jax._spec.spec import ArchSpec
 
 # Conjugate gradient steps within a Newton step, and halvings of it.
@@ -29,22 +29,6 @@ ARMIJO = 1e-4
 REACH = 20.0
 
 
-class Softmax(NamedTuple):
-    """One term at some log-scales, its masses divided by their sum: probabilities of the entries.
-
-    Attributes:
-      total: log S, the logarithm of their sum.
-      probabilities: W, one (batch, rows, cols) array per stack.
-      marginals: (positions,), their sums over rows and columns.
-      mean: (H,), the mean of the rows of B: outgoing minus incoming probability.
-    """
-
-    total: jax.Array
-    probabilities: tuple[jax.Array, ...]
-    marginals: jax.Array
-    mean: jax.Array
-
-
 class Iterate(NamedTuple):
     """Log-scales and what Newton's method knows there.
 
@@ -52,40 +36,50 @@ class Iterate(NamedTuple):
       z: (H,) log-scales.
       value: F.
       gradient: (H,), of F.
-      smooth: (H,), its part from the smooth functions.
-      terms: the terms.
+      diagonal: (H,), that of its Hessian, nearly.
+      terms: the probabilities of the entries of each term, in factors.
+      means: (H,) for each term, the mean of the rows of B: outgoing minus incoming probability.
     """
 
     z: jax.Array
     value: jax.Array
     gradient: jax.Array
-    smooth: jax.Array
-    terms: tuple[Softmax, ...]
+    diagonal: jax.Array
+    terms: tuple[Weights, ...]
+    means: tuple[jax.Array, ...]
 
 
 class State(NamedTuple):
-    """Between two Newton steps.
+    """Between two looks at F.
 
     Attributes:
-      z: (H,) log-scales.
-      steps: how many were taken.
+      z: (H,) log-scales, the best that were looked at.
+      value: F there.
+      gradient: of F there.
+      direction: (H,), where to go from z.
+      halvings: how often that was too far.
+      steps: how many directions were taken.
       products: passes over the masses.
-      decrement: λ² = −⟨∇F, d⟩ of the last step.
-      done: whether no further step is to follow.
+      decrement: λ² = −⟨∇F, d⟩ of the last direction.
+      done: whether no further direction is to follow.
       converged: whether that is because the tolerance is met.
       suboptimality: an upper bound of F(z) − min F.
-      measured: F and the norm of its projected gradient at z, once there is no further step.
-      ended: whether these are known.
+      gradient_norm: that of the projected gradient at z.
+      ended: whether the last direction was taken.
     """
 
     z: jax.Array
+    value: jax.Array
+    gradient: jax.Array
+    direction: jax.Array
+    halvings: jax.Array
     steps: jax.Array
     products: jax.Array
     decrement: jax.Array
     done: jax.Array
     converged: jax.Array
     suboptimality: jax.Array
-    measured: tuple[jax.Array, jax.Array]
+    gradient_norm: jax.Array
     ended: jax.Array
 
 
@@ -98,24 +92,38 @@ def newton(
     rounding keeps from shrinking further. The last step is taken even so.
     """
     table = stacks.table(spec)
-    infinity, no = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), bool)
+    infinity, zero = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32)
+    no = jnp.zeros((), bool)
+    z = _start(problem, spec, z)
     start = State(
-        z=_start(problem, spec, z),
-        steps=jnp.zeros((), jnp.int32),
-        products=jnp.full((), len(colors(spec).mask), jnp.int32),
+        z=z,
+        value=infinity,
+        gradient=jnp.zeros_like(z),
+        direction=jnp.zeros_like(z),
+        halvings=zero,
+        steps=zero,
+        products=zero + len(colors(spec).mask),
         decrement=infinity,
         done=max_steps == 0,
         converged=no,
         suboptimality=infinity,
-        measured=(infinity, infinity),
+        gradient_norm=infinity,
         ended=no,
     )
     end = lax.while_loop(
         lambda state: ~state.ended,
-        lambda state: _step(problem, table, max_steps, tol, state),
+        lambda state: _look(problem, table, max_steps, tol, state),
         start,
     )
-    return Run(end.z, end.steps, end.products, end.converged, end.suboptimality, *end.measured)
+    return Run(
+        end.z,
+        end.steps,
+        end.products,
+        end.converged,
+        end.suboptimality,
+        end.value,
+        end.gradient_norm,
+    )
 
 
 def _start(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
@@ -129,35 +137,43 @@ def _start(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
 
 
-def _step(
+def _look(
     problem: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State
 ) -> State:
-    """One step; once no further step is to follow, only measures where it stands.
+    """Evaluates F where the last direction leads; from there a new one, or back half the way.
+
+    One program text evaluates F, its gradient and all that a direction needs, at the first point,
+    at every trial and at the last point. A trial that is refused finds no new direction: its
+    gradient is masked by 0, and the conjugate gradients stop at once.
 
     How it ends. The tolerance asks for a small gradient *and* a small Newton decrement: a
     gradient is small along directions of hardly any curvature long before F is near its minimum.
     In float32 the decrement may stop shrinking above its tolerance. Once a step leaves at least
     half of it, and its root is down to a thousand roundings, no further step can help: that is
-    the ``floor``, and it counts as converged if the gradient is small.
-
-    The test looks at z before the step, which is taken all the same: it costs one line search and
-    usually squares the error. Then the loop runs once more with ``done`` set. This last round
-    neither moves nor iterates, its gradient being masked by 0, but it evaluates F, the gradient
-    and the certificate at the final z. A second copy of the evaluation behind the loop would
-    serve as well, and double the program that XLA compiles.
+    the ``floor``, and it counts as converged if the gradient is small. The test looks at z before
+    the step, which is taken all the same: it costs one evaluation and usually squares the error.
     """
-    here, diagonal, smooth_product = _evaluate(problem, table, state.z)
-    z, terms, gradient, total = here.z, here.terms, here.gradient, problem.scale
+    length = 0.5 ** state.halvings.astype(state.z.dtype)
+    # Clipped: where F is almost linear, a full step may leave the range of the dtype.
+    step = jnp.clip(length * state.direction, -REACH, REACH)
+    trial = problem.box.clip(state.z + step)
+    here, smooth_product = _evaluate(problem, table, trial)
+    change, accepted = _judge(problem, state, here)
+    first = state.value == jnp.inf
+    accepted, change = accepted | first, jnp.where(first, 0, change)
+    given_up = ~accepted & (state.halvings + 1 >= HALVINGS)
+
+    z, gradient, total = here.z, here.gradient, problem.scale
     # Vanishes with the gradient, and keeps neurons with hardly any mass within reach.
     damping = jnp.abs(gradient) / REACH
-    diagonal = diagonal + damping
+    diagonal = here.diagonal + damping
     diagonal = jnp.where(diagonal > 0, diagonal, total)
     free = problem.box.alive & ~_held(problem, z, gradient, diagonal)
 
     def curvature(v: jax.Array) -> jax.Array:
-        return _hessian_product(problem, table, terms, v) + smooth_product(v) + damping * v
+        return _hessian_product(problem, table, here, v) + smooth_product(v) + damping * v
 
-    forward = jnp.where(free & ~state.done, gradient, 0)
+    forward = jnp.where(free & accepted & ~state.done, gradient, 0)
     size = jnp.sqrt(jnp.sum(forward**2 / diagonal) / total)
     # Looser far from the minimum, tighter near it: convergence faster than linear (Dembo,
     # Eisenstat, Steihaug 1982) without solving exactly where the model is poor anyway.
@@ -169,8 +185,6 @@ def _step(
     decrement = -jnp.sum(forward * direction)
     # Neurons at a face of the box that want to leave it stay; those close to it go there.
     direction = jnp.where(free, direction, -gradient / diagonal)
-    direction = jnp.where(state.done, 0, direction)
-    moved, change, halvings = _line_search(problem, table, here, direction)
 
     norm = jnp.linalg.norm(problem.box.projected(z, gradient))
     noise = (1e3 * jnp.finfo(z.dtype).eps) ** 2 * total
@@ -178,23 +192,51 @@ def _step(
     converged = (norm <= tol * total) & ((decrement <= tol**2 * total) | floor)
     rounding = jnp.finfo(z.dtype).eps * total
     steps = state.steps + jnp.where(state.done, 0, 1)
-    return State(
-        z=moved,
+    moved = state._replace(
+        z=z,
+        value=here.value,
+        gradient=gradient,
+        direction=direction,
+        halvings=jnp.zeros_like(state.halvings),
         steps=steps,
-        products=state.products + 1 + jnp.where(state.done, 0, inner + halvings),
         decrement=decrement,
         done=state.done | converged | floor | (steps >= max_steps),
         converged=jnp.where(state.done, state.converged, converged),
-        suboptimality=jnp.maximum(jnp.minimum(state.suboptimality, bound) + change, rounding),
-        measured=(here.value, norm),
+        suboptimality=jnp.maximum(jnp.minimum(state.suboptimality + change, bound), rounding),
+        gradient_norm=norm,
         ended=state.done,
     )
+    stayed = state._replace(halvings=state.halvings + 1, done=state.done | given_up, ended=given_up)
+    following: State = jax.tree.map(functools.partial(jnp.where, accepted), moved, stayed)
+    return following._replace(products=state.products + 1 + inner)
+
+
+def _judge(problem: Problem, state: State, here: Iterate) -> tuple[jax.Array, jax.Array]:
+    """An upper bound of how F changes from the last point, and whether it decreases enough.
+
+    A difference of values drowns in rounding long before the gradient does. By convexity the
+    change is at most ⟨∇F(z + d), d⟩, which keeps its digits; where that is too coarse a bound and
+    the values are equal to within rounding, the slope at the end must not exceed the one at the
+    beginning.
+
+    References:
+      Hager, Zhang, *A new conjugate gradient method with guaranteed descent and an efficient line
+      search*, SIAM Journal on Optimization, 2005.
+    """
+    step = here.z - state.z
+    before, after = jnp.dot(state.gradient, step), jnp.dot(here.gradient, step)
+    rounding = 8 * jnp.finfo(step.dtype).eps * (jnp.abs(here.value) + problem.scale)
+    difference = here.value - state.value
+    enough = ARMIJO * jnp.minimum(before, 0)
+    level = (difference <= rounding) & (after <= (1 - 2 * ARMIJO) * jnp.abs(before))
+    accepted = (after <= enough) | (difference <= enough) | level
+    return jnp.minimum(difference + rounding, after), accepted
 
 
 def _evaluate(
     problem: Problem, table: Table, z: jax.Array
-) -> tuple[Iterate, jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Everything at z, the Jacobi preconditioner, and products with the smooth Hessian."""
+) -> tuple[Iterate, Callable[[jax.Array], jax.Array]]:
+    """Everything at z, and products with the Hessian of the smooth functions."""
     smooth, product = jax.linearize(
         jax.grad(lambda z: flat_objective.smooth_part(problem, table, z)), z
     )
@@ -204,31 +246,29 @@ def _evaluate(
         signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
         diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
     value = flat_objective.smooth_part(problem, table, z) - jnp.dot(problem.linear, z)
-    terms, shifts = [], stacks.spread(table, z)
-    for w, s, masses in zip(problem.weights, problem.exponents, problem.masses, strict=True):
-        exponents = masses.logs + s * shifts
-        total = stacks.log_total(masses, table, exponents)
-        probabilities = stacks.normalized(masses, table, exponents, total)
-        marginals = stacks.matvecs(probabilities, table, jnp.ones_like(exponents))
-        met = stacks.collect(table, marginals)
+    terms, means = [], []
+    for k, (w, s) in enumerate(zip(problem.weights, problem.exponents, strict=True)):
+        term = flat_objective.weights(problem, table, k, z)
+        met = stacks.collect(table, term.marginals)
         mean = stacks.differences(table, met)
-        terms.append(Softmax(total, probabilities, marginals, mean))
-        value = value + w * total
+        terms.append(term)
+        means.append(mean)
+        value = value + w * term.total
         gradient = gradient + w * s * mean
         diagonal = diagonal + w * s * s * stacks.squares(table, met)
-    smooth, gradient = (jnp.where(problem.box.alive, part, 0) for part in (smooth, gradient))
-    return Iterate(z, value, gradient, smooth, tuple(terms)), diagonal, product
+    gradient = jnp.where(problem.box.alive, gradient, 0)
+    return Iterate(z, value, gradient, diagonal, tuple(terms), tuple(means)), product
 
 
-def _hessian_product(
-    problem: Problem, table: Table, terms: tuple[Softmax, ...], v: jax.Array
-) -> jax.Array:
+def _hessian_product(problem: Problem, table: Table, here: Iterate, v: jax.Array) -> jax.Array:
     """``Σ_k w_k s_k² (Bᵀ diag(W) B − m mᵀ) v``, m the mean of the rows of B under W."""
     shifts, result = stacks.spread(table, v), jnp.zeros_like(v)
-    for w, s, term in zip(problem.weights, problem.exponents, terms, strict=True):
-        image = term.marginals * shifts + stacks.matvecs(term.probabilities, table, shifts)
+    for w, s, masses, term, mean in zip(
+        problem.weights, problem.exponents, problem.masses, here.terms, here.means, strict=True
+    ):
+        image = term.marginals * shifts + stacks.weighted(masses, table, term, shifts)
         pulled = stacks.differences(table, stacks.collect(table, image))
-        result = result + w * s * s * (pulled - term.mean * jnp.dot(term.mean, v))
+        result = result + w * s * s * (pulled - mean * jnp.dot(mean, v))
     return result
 
 
@@ -277,92 +317,6 @@ def _conjugate_gradients(
     return x, image, steps
 
 
-def _line_search(
-    problem: Problem, table: Table, here: Iterate, direction: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Halves the step along the projected path until F decreases as Armijo asks.
-
-    Returns:
-      The new log-scales, the change of F, and how many steps were tried.
-    """
-    z = here.z
-    # Changes of logarithms keep their digits, see `_curved_change`; those of functions do not.
-    rounding = 8 * jnp.finfo(z.dtype).eps * jnp.abs(flat_objective.smooth_part(problem, table, z))
-
-    # Clipped: where F is almost linear, a full step may leave the range of the dtype.
-    def tried(length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        moved = problem.box.clip(z + jnp.clip(length * direction, -REACH, REACH))
-        change = _change(problem, table, here, moved - z)
-        slope = jnp.dot(here.gradient, moved - z)
-        return moved, change, change <= ARMIJO * jnp.minimum(slope, 0) + rounding
-
-    def body(state: tuple) -> tuple:
-        count, *_ = state
-        return count + 1, *tried(0.5 ** count.astype(z.dtype))
-
-    start = (jnp.zeros((), jnp.int32), z, jnp.zeros((), z.dtype), jnp.zeros((), bool))
-    count, moved, change, enough = lax.while_loop(
-        lambda state: ~state[3] & (state[0] < HALVINGS), body, start
-    )
-    return jnp.where(enough, moved, z), jnp.where(enough, change, 0), count
-
-
-def _change(problem: Problem, table: Table, here: Iterate, d: jax.Array) -> jax.Array:
-    """F(z + d) − F(z), to within rounding of the difference where d is small."""
-    shifts = stacks.spread(table, d)
-    before, after = (flat_objective.smooth_part(problem, table, z) for z in (here.z, here.z + d))
-    rest = after - before - jnp.dot(here.smooth, d)
-    return rest + lax.cond(
-        (jnp.abs(shifts).max() * jnp.abs(problem.exponents)).max(initial=0) < 2,
-        lambda: jnp.dot(here.gradient, d) + _curved_change(problem, table, here, shifts, d),
-        lambda: jnp.dot(here.smooth, d) + _long_change(problem, table, here, d),
-    )
-
-
-def _long_change(problem: Problem, table: Table, here: Iterate, d: jax.Array) -> jax.Array:
-    """The change of the terms and of the linear part."""
-    shifts, change = stacks.spread(table, here.z + d), -jnp.dot(problem.linear, d)
-    for w, s, masses, term in zip(
-        problem.weights, problem.exponents, problem.masses, here.terms, strict=True
-    ):
-        total = stacks.log_total(masses, table, masses.logs + s * shifts)
-        change = change + w * (total - term.total)
-    return change
-
-
-def _curved_change(
-    problem: Problem, table: Table, here: Iterate, shifts: jax.Array, d: jax.Array
-) -> jax.Array:
-    """The change of the terms beyond their slopes.
-
-    A difference of F itself would drown in rounding long before the gradient does. With
-    X = s (Bd)_i under the probabilities W, a term changes by w log(1 + E[e^X − 1]); and for
-    X = a + b, ``e^X − 1 − X = (e^a − 1)(e^b − 1) + (e^a − 1 − a) + (e^b − 1 − b)``.
-    """
-    change = jnp.zeros((), d.dtype)
-    for w, s, term in zip(problem.weights, problem.exponents, here.terms, strict=True):
-        both = stacks.quadratic(term.probabilities, table, jnp.expm1(s * shifts))
-        second = both + jnp.dot(term.marginals, _expm1_rest(s * shifts))
-        change = change + w * (second - _log1p_rest(s * jnp.dot(term.mean, d) + second))
-    return change
-
-
-def _expm1_rest(x: jax.Array) -> jax.Array:
-    """The rest e^x − 1 − x."""
-    series = jnp.zeros_like(x)
-    for k in range(14, 1, -1):
-        series = (1 + series) * x / k
-    return jnp.where(jnp.abs(x) < 0.5, series * x, jnp.expm1(x) - x)
-
-
-def _log1p_rest(x: jax.Array) -> jax.Array:
-    """The rest x − log(1 + x)."""
-    series = jnp.zeros_like(x)
-    for k in range(14, 1, -1):
-        series = 1 / k - series * x
-    return jnp.where(jnp.abs(x) < 0.1, series * x * x, x - jnp.log1p(x))
-
-
 def _held(problem: Problem, z: jax.Array, gradient: jax.Array, diagonal: jax.Array) -> jax.Array:
     """Neurons at a face of the box, or about to reach it, that F pushes outward.
 
@@ -386,10 +340,10 @@ def _certificate(
     ``ρ = ∇F + t H d``: nothing but the residual of the conjugate gradients once t is 1.
     """
     lowest, shifts = jnp.zeros((), direction.dtype), stacks.spread(table, direction)
-    for s, term in zip(problem.exponents, here.terms, strict=True):
+    for s, term, mean in zip(problem.exponents, here.terms, here.means, strict=True):
         present = jnp.where(term.marginals > 0, s * shifts, jnp.inf)
         pairs = [a.min(1) + b.min(1) for a, b in stacks.split_sides(table, present)]
-        least = jnp.concatenate(pairs).min() - s * jnp.dot(term.mean, direction)
+        least = jnp.concatenate(pairs).min() - s * jnp.dot(mean, direction)
         lowest = jnp.minimum(lowest, least)
     t = 1 / jnp.maximum(-lowest, 1)
     curved = jnp.maximum(jnp.dot(direction, image), 0)

@@ -6,7 +6,7 @@ entries i. Entries that share their row of B are summed once, before any solver 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 
 from pathcond_jax._solve.layout import Block, Link, Source, layout
 from pathcond_jax._spec.arrays import compute_dtype, widened
-from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.extended_range import ScaledDiagonal, computed_once
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -176,36 +176,47 @@ def reduce_masses(
 def _reduce_masses(
     tree: PyTree | ScaledDiagonal, spec: ArchSpec, reduction: Reduction
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    if isinstance(tree, ScaledDiagonal):
-        values = match_leaves(spec, tree.mantissa, "gram")
-        scales = list(jax.tree.leaves(tree.log_scale))
-    else:
-        values, scales = match_leaves(spec, tree, "gram"), [None] * len(spec.leaves)
-    blocks = layout(spec).blocks
-    reduced = [_reduce_block(block, values, scales, reduction) for block in blocks]
-    return tuple(mass for mass, _ in reduced), tuple(scale for _, scale in reduced)
-
-
-def _reduce_block(
-    block: Block,
-    values: list[jax.Array],
-    scales: list[jax.Array | None],
-    reduction: Reduction,
-) -> tuple[jax.Array, jax.Array]:
+    values = tree.mantissa if isinstance(tree, ScaledDiagonal) else tree
+    values, blocks = match_leaves(spec, values, "gram"), layout(spec).blocks
     parts = [
-        _reduce_leaf(block, source, values[source.leaf], reduction) for source in block.sources
+        [_reduce_leaf(block, source, values[source.leaf], reduction) for source in block.sources]
+        for block in blocks
     ]
-    dtype = compute_dtype(*(part.dtype for part in parts))
-    parts = [part.astype(dtype) for part in parts]
-    offsets = [scales[source.leaf] for source in block.sources]
-    if all(offset is None for offset in offsets):
-        return functools.reduce(reduction.pair, parts), jnp.zeros((), dtype)
-    # Over the largest exponent: smaller parts may vanish, none overflows.
-    logs = jnp.stack([jnp.asarray(0 if o is None else o).astype(dtype) for o in offsets])
-    top = jnp.where(jnp.isfinite(logs.max()), logs.max(), 0)
-    factors = jnp.exp(logs - top)
-    parts = [part * factor for part, factor in zip(parts, factors, strict=True)]
-    return functools.reduce(reduction.pair, parts), top
+    dtypes = [compute_dtype(*(part.dtype for part in found)) for found in parts]
+    if isinstance(tree, ScaledDiagonal):
+        factors, tops = _over_the_largest(blocks, tree.logs(compute_dtype(*dtypes)))
+    else:
+        factors = [[None] * len(found) for found in parts]
+        tops = [jnp.zeros(())] * len(blocks)
+    masses = [
+        functools.reduce(reduction.pair, map(functools.partial(_times, dtype), found, these))
+        for found, these, dtype in zip(parts, factors, dtypes, strict=True)
+    ]
+    scalars = zip(tops, dtypes, strict=True)
+    return tuple(masses), tuple(jnp.asarray(top).astype(dtype) for top, dtype in scalars)
+
+
+def _over_the_largest(
+    blocks: tuple[Block, ...], scales: jax.Array
+) -> tuple[list[list[jax.Array | None]], list[jax.Array]]:
+    """What the leaves of each block are multiplied by, and the largest logarithm of each.
+
+    Smaller parts may vanish, none overflows. A block of one leaf is left as it is.
+    """
+    owners = np.repeat(
+        np.arange(len(blocks), dtype=np.int32), [len(block.sources) for block in blocks]
+    )
+    logs = scales[np.array([s.leaf for block in blocks for s in block.sources], np.int32)]
+    tops = segment_max(logs, owners, len(blocks))
+    tops = computed_once(jnp.where(jnp.isfinite(tops), tops, 0))
+    factors = iter(computed_once(jnp.exp(logs - tops[owners])))
+    alone = [len(block.sources) == 1 for block in blocks]
+    taken = [[next(factors) for _ in block.sources] for block in blocks]
+    return [[None] if a else these for a, these in zip(alone, taken, strict=True)], list(tops)
+
+
+def _times(dtype: Any, part: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return part.astype(dtype) if factor is None else part.astype(dtype) * factor.astype(dtype)
 
 
 def _reduce_leaf(block: Block, source: Source, value: jax.Array, reduction: Reduction) -> jax.Array:

@@ -7,94 +7,25 @@ rows and columns become a gather, a segment sum and matrix-vector products. Mass
 equilibrated, in [0, 1] beside the logarithms of a factor per row and per column, so that networks
 of any depth stay inside float32.
 
-To be read in three parts. Types first: a :class:`Piece` is a block or some of its entries, the
-:class:`Table` arranges all pieces of a spec, :class:`Masses` are the numbers of one term. Then what
-the solvers call, from :func:`spread` (B z) and :func:`collect` (Bᵀ w) to the products. Last, in
-NumPy and once per spec, how the arrangement is found, from :func:`_pieces` on.
+To be read in three parts: how masses come to lie in stacks (:func:`stacked`), how vectors of
+neurons become vectors of positions and back, :func:`spread` (B z) and :func:`collect` (Bᵀ w), and
+the products.
 """
 
 import functools
-import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from pathcond_jax._solve.layout import Block, layout
+from pathcond_jax._solve.arrangement import Piece, Table, groups_of, table
 from pathcond_jax._solve.objective import LogSum
 from pathcond_jax._spec.sharding import segment_max, segment_sum
-from pathcond_jax._spec.spec import ArchSpec
 
-# Stacks are merged while they need no more zeros than this in all. Large ones stay apart: devices
-# that divide them could not do so alike.
-PADDING = 2**14
-
-
-class Piece(NamedTuple):
-    """A block, or the entries of a block that lose two opposite neurons.
-
-    Attributes:
-      block: position in ``layout(spec).blocks``.
-      shape: (batch, rows, cols) in its stack, where zeros may follow the rows and the columns.
-      rows: integer (slots, batch, rows), positions in :func:`signed` z whose sum is (Bz) of a row.
-      cols: the same for columns.
-      picked: index arrays of the entries that make up this piece; None: all of the block.
-      cleared: index arrays of the entries that other pieces hold.
-    """
-
-    block: int
-    shape: tuple[int, int, int]
-    rows: np.ndarray
-    cols: np.ndarray
-    picked: tuple[np.ndarray, ...] | None = None
-    cleared: tuple[tuple[np.ndarray, ...], ...] = ()
-
-
-class Table(NamedTuple):
-    """The static arrangement of all pieces of one spec.
-
-    Attributes:
-      size: H, the number of neurons.
-      powers: P different powers of scales that entries take; (1.0,) in a ReLU network.
-      starts: where each group begins in the flat vector of neurons; ends with H.
-      stacks: pieces brought to one (rows, cols) shape, concatenated along the batch axis.
-      shapes: the shape of each stack.
-      slots: integer (slots, positions) into :func:`signed` z, whose sum is what a position adds
-        to (Bz). Positions are the rows of the first stack, its columns, the rows of the second.
-      places: the positions that leave each neuron, and those that enter it, of each power, as rows
-        of integer arrays (some of 2PH, most); the number of positions where there are fewer. Rows
-        of similar length share an array.
-      order: integer (2PH,), where each is among all rows: of each power the outgoing ones of all
-        neurons first.
-    """
-
-    size: int
-    powers: tuple[float, ...]
-    starts: tuple[int, ...]
-    stacks: tuple[tuple[Piece, ...], ...]
-    shapes: tuple[tuple[int, int, int], ...]
-    slots: np.ndarray
-    places: tuple[np.ndarray, ...]
-    order: np.ndarray
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The size of each group."""
-        return tuple(stop - start for start, stop in itertools.pairwise(self.starts))
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The pieces of all stacks in order."""
-        return tuple(piece for stack in self.stacks for piece in stack)
-
-    @property
-    def is_row(self) -> np.ndarray:
-        """(positions,) booleans."""
-        sizes = [batch * n for batch, *sides in self.shapes for n in sides]
-        return np.repeat(np.arange(len(sizes)) % 2 == 0, sizes)
+__all__ = ["Table", "groups_of", "table"]
 
 
 class Masses(NamedTuple):
@@ -109,39 +40,28 @@ class Masses(NamedTuple):
     logs: jax.Array
 
 
+class Weights(NamedTuple):
+    """One term's masses at some exponents over their sum S, in factors: nothing the size of masses.
+
+    An entry is its value times the ``inner`` factor of one of its positions and the ``outer``
+    factor of the other, whichever of the two is which.
+
+    Attributes:
+      total: log S.
+      inner: (positions,), at most 1.
+      outer: (positions,).
+      marginals: (positions,), the sums over rows and columns.
+      logs: (positions,), their logarithms.
+    """
+
+    total: jax.Array
+    inner: jax.Array
+    outer: jax.Array
+    marginals: jax.Array
+    logs: jax.Array
+
+
 Stacks = tuple[tuple[jax.Array, jax.Array], ...]
-
-
-@functools.lru_cache(maxsize=64)
-def table(spec: ArchSpec) -> Table:
-    """The arrangement of the blocks of ``spec``."""
-    starts = tuple(int(n) for n in np.cumsum([0, *layout(spec).sizes]))
-    count = 2 * len(spec.powers) * starts[-1]
-    pieces = [
-        piece
-        for number, block in enumerate(layout(spec).blocks)
-        for piece in _pieces(number, block, spec.powers, starts)
-    ]
-    depth = max(slots.shape[0] for piece in pieces for slots in (piece.rows, piece.cols))
-    stacks = _merged(pieces, depth, count)
-    sides = [
-        [getattr(piece, side).reshape(depth, -1) for piece in stack]
-        for stack in stacks
-        for side in ("rows", "cols")
-    ]
-    slots = np.concatenate([slots for side in sides for slots in side], 1)
-    places, order = _places(slots, count)
-    # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
-    return Table(
-        size=starts[-1],
-        powers=spec.powers,
-        starts=starts,
-        stacks=stacks,
-        shapes=tuple((sum(p.shape[0] for p in stack), *stack[0].shape[1:]) for stack in stacks),
-        slots=slots.astype(np.int32),
-        places=tuple(rows.astype(np.int32) for rows in places),
-        order=order.astype(np.int32),
-    )
 
 
 def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> Stacks:
@@ -183,12 +103,6 @@ def spread_any(table: Table, chosen: jax.Array) -> jax.Array:
     both = [chosen] * (2 * len(table.powers))
     extended = jnp.concatenate([*both, jnp.zeros((1,), bool)])
     return extended[table.slots].any(0)
-
-
-def groups_of(slots: np.ndarray, table: Table) -> np.ndarray:
-    """The groups whose neurons are among positions in :func:`signed` z."""
-    neurons = slots[slots < 2 * len(table.powers) * table.size] % table.size
-    return np.unique(np.searchsorted(table.starts, neurons, side="right") - 1)
 
 
 def over_neurons(
@@ -282,18 +196,54 @@ def matvecs(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> 
     return join_sides([(matvec(w, b, 0), matvec(w, a, 1)) for w, (a, b) in sides])
 
 
-def quadratic(weights: tuple[jax.Array, ...], table: Table, values: jax.Array) -> jax.Array:
-    """The sum over all entries of weight times the values of both positions."""
-    sides = zip(weights, split_sides(table, values), strict=True)
-    return jnp.stack([(a * matvec(w, b, 0)).sum() for w, (a, b) in sides]).sum()
+def levels(table: Table, exponents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Exponents in two parts that stay in range, for products over the other position.
+
+    Args:
+      table: the arrangement.
+      exponents: (positions,).
+
+    Returns:
+      ``exp(exponents − top)``, top the largest of the side, and ``exponents + other top``.
+    """
+    tops = [
+        tuple(_finite(jnp.max(side, axis=1, keepdims=True)) for side in sides)
+        for sides in split_sides(table, exponents)
+    ]
+    own, other = (
+        join_sides(
+            [
+                (jnp.broadcast_to(pair[k], (b, r)), jnp.broadcast_to(pair[1 - k], (b, c)))
+                for pair, (b, r, c) in zip(tops, table.shapes, strict=True)
+            ]
+        )
+        for k in (0, 1)
+    )
+    return jnp.exp(exponents - own), exponents + other
+
+
+def weights(masses: Masses, table: Table, exponents: jax.Array) -> Weights:
+    """``values · exp(exponents of both positions)`` over their sum: one pass over the values."""
+    inner, rest = levels(table, exponents)
+    sums = matvecs(masses.values, table, inner)
+    logs = rest + jnp.log(sums)
+    total = logsumexp(jnp.where(table.is_row, logs, -jnp.inf))
+    # A sum is at most S; the bound only keeps rounding and lost sums from overflowing.
+    limit = 0.9 * float(np.log(jnp.finfo(total.dtype).max))
+    known = _finite(total)
+    outer = jnp.exp(jnp.minimum(rest - known, limit))
+    return Weights(total, inner, outer, outer * sums, logs - known)
 
 
 def log_sums(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
     """log of the sum over each position of ``values · exp(exponents of both positions)``."""
-    sides = zip(masses.values, split_sides(table, exponents), strict=True)
-    return exponents + join_sides(
-        [(log_matvec(v, y, 0), log_matvec(v, x, 1)) for v, (x, y) in sides]
-    )
+    found = weights(masses, table, exponents)
+    return found.logs + _finite(found.total)
+
+
+def weighted(masses: Masses, table: Table, weights: Weights, values: jax.Array) -> jax.Array:
+    """For each position, the sum of its weights times the value of the other position."""
+    return weights.outer * matvecs(masses.values, table, weights.inner * values)
 
 
 def log_total(masses: Masses, table: Table, exponents: jax.Array) -> jax.Array:
@@ -323,17 +273,18 @@ def _finite(top: jax.Array) -> jax.Array:
 def _fitted_stack(
     term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    parts = []
-    for piece in stack:
-        values = term.masses[piece.block].astype(dtype)
-        for entries in piece.cleared:
-            values = values.at[entries].set(0)
-        if piece.picked is not None:
-            values = values[piece.picked][None, :, None]
-        parts.append(_fitted(values, piece.shape))
-    logs = jnp.stack([term.log_scales[piece.block].astype(dtype) for piece in stack])
     owners = np.repeat(np.arange(len(stack)), [piece.shape[0] for piece in stack])
-    return jnp.concatenate(parts), logs[owners.astype(np.int32)]
+    logs = jnp.stack([term.log_scales[piece.block].astype(dtype) for piece in stack])
+    logs = logs[owners.astype(np.int32)]
+    first, *others = parts = [_fitted(term, piece, dtype) for piece in stack]
+    if not others:
+        return first, logs
+    # Written where they stay: a concatenation computes its parts one by one, or writes them twice.
+    values, start = jnp.zeros((owners.size, *first.shape[1:]), dtype), 0
+    for part in parts:
+        values = lax.dynamic_update_slice_in_dim(values, part, start, 0)
+        start += part.shape[0]
+    return values, logs
 
 
 def _equilibrated(
@@ -349,148 +300,14 @@ def _equilibrated(
     return values, jnp.log(rows[:, :, 0]) + logs[:, None], jnp.log(cols[:, 0, :])
 
 
-def _pieces(
-    number: int, block: Block, powers: tuple[float, ...], starts: tuple[int, ...]
-) -> list[Piece]:
-    """A block as pieces in each of which (Bz) of an entry is its row's plus its column's.
-
-    In one layer whose neurons both read and write a stream, x + W x or a recurrent kernel, entry
-    (h, h) enters and leaves neuron h: −z_h of its row and +z_h of its column cancel, and no scale
-    moves it. Sums over rows and columns would count its mass as incoming *and* as outgoing mass of
-    h. So such entries are cleared from the block and make a piece of their own, a column of single
-    entries that keep what their row and column carry besides the opposite pair. (In a block of
-    several links per side each pair of opposite positions is looked for apart.)
-    """
-    size, empty_slot = starts[-1], 2 * len(powers) * starts[-1]
-    rows, cols = (
-        _slots(axis.links, (block.batch, axis.size), powers, starts)
-        for axis in (block.rows, block.cols)
-    )
-    picked = []
-    for i, row in enumerate(rows):
-        for j, col in enumerate(cols):
-            entries = _opposite_entries(row, col, size, empty_slot)
-            if entries[0].size:
-                batch, r, c = entries
-                left = [s[batch, r] for s in np.delete(rows, i, 0)]
-                left += [s[batch, c] for s in np.delete(cols, j, 0)]
-                left += [np.full(batch.shape, empty_slot)]
-                empty = np.full((1, 1, 1), empty_slot)
-                shape = (1, batch.size, 1)
-                picked.append(Piece(number, shape, np.array(left)[:, None], empty, picked=entries))
-    cleared = tuple(piece.picked for piece in picked if piece.picked is not None)
-    return [Piece(number, block.shape, rows, cols, cleared=cleared), *picked]
-
-
-def _slots(
-    links: tuple, shape: tuple[int, int], powers: tuple[float, ...], starts: tuple[int, ...]
-) -> np.ndarray:
-    """Positions in ``signed`` z per slice, opposite pairs removed, in as few slots as possible."""
-    size, empty = starts[-1], 2 * len(powers) * starts[-1]
-    slots = np.full((max(len(links), 1), *shape), empty)
-    for slot, link in zip(slots, links, strict=False):
-        index = np.arange(shape[1]) if link.neurons is None else link.neurons
-        index = np.broadcast_to(index, shape)
-        first = starts[link.group] + size * (2 * powers.index(abs(link.entry)) + (link.entry < 0))
-        slot[index >= 0] = (first + index)[index >= 0]
-    for i, one in enumerate(slots):
-        for other in slots[i + 1 :]:
-            cancel = (one < empty) & (_opposite(one, size) == other)
-            one[cancel] = other[cancel] = empty
-    # Sorted, empty slots come last: rows of nothing but those drop.
-    slots = np.sort(slots, axis=0)
-    return slots[: max(1, int((slots < empty).sum(0).max()))]
-
-
-def _opposite(slots: np.ndarray, size: int) -> np.ndarray:
-    """The positions of the opposites: of z those of −z, and the other way around."""
-    return slots + np.where(slots // size % 2 == 0, size, -size)
-
-
-def _places(slots: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The columns of ``slots`` that hold each of ``count`` numbers, and which row is whose."""
-    flat, width = slots.reshape(-1), slots.shape[1]
-    found = np.argsort(flat, kind="stable")
-    ends = np.searchsorted(flat[found], np.arange(count + 1))
-    sizes = np.diff(ends)
-    # Bins of up to 4, 16, 64, ...: a neuron of a long residual stream pads no others.
-    bins = np.ceil(0.5 * np.log2(np.maximum(sizes, 4)))
-    places = []
-    for bin_ in np.unique(bins):
-        chosen = sizes[bins == bin_]
-        rows = np.full((chosen.size, max(chosen.max(), 1)), width)
-        inside = np.repeat(bins == bin_, sizes)
-        rows[np.arange(rows.shape[1]) < chosen[:, None]] = found[: ends[-1]][inside] % width
-        places.append(rows)
-    return places, np.argsort(np.argsort(bins, kind="stable"))
-
-
-def _opposite_entries(
-    row: np.ndarray, col: np.ndarray, size: int, empty: int
-) -> tuple[np.ndarray, ...]:
-    """The entries (batch, row, column) whose row and column carry opposite positions."""
-    opposite = np.where(row < empty, _opposite(row, size), -1)
-    if not np.isin(opposite, col).any():
-        return (np.zeros(0, np.int32),) * 3
-    # JAX remembers how it converted a wider array, also when the user switches to 64 bits.
-    found = np.nonzero(opposite[:, :, None] == col[:, None, :])
-    return tuple(places.astype(np.int32) for places in found)
-
-
-def _merged(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, ...], ...]:
-    """Pieces of one shape together, and pieces of other shapes with them where that is cheap.
-
-    Each stack makes the compiled program longer; zeros around the smaller pieces do not.
-    """
-    stacks: dict[tuple[int, ...], list[Piece]] = {}
-    for piece in pieces:
-        stacks.setdefault(piece.shape[1:], []).append(piece)
-    # Greedily, the cheapest pair first; there are as many shapes as kinds of layers, so few.
-    budget = PADDING
-    while len(stacks) > 1:
-        growths = {pair: _growth(stacks, *pair) for pair in itertools.combinations(stacks, 2)}
-        pair = min(growths, key=lambda pair: growths[pair])
-        budget -= growths[pair]
-        if budget < 0:
-            break
-        one, other = (stacks.pop(shape) for shape in pair)
-        stacks.setdefault(_around(*pair), []).extend(one + other)
-    return tuple(
-        tuple(_framed(piece, shape, depth, empty) for piece in stack)
-        for shape, stack in stacks.items()
-    )
-
-
-def _around(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(map(max, one, other))
-
-
-def _growth(
-    stacks: dict[tuple[int, ...], list[Piece]], one: tuple[int, ...], other: tuple[int, ...]
-) -> int:
-    """The zeros that two stacks need to become one."""
-    around = math.prod(_around(one, other))
-    return sum(
-        piece.shape[0] * (around - math.prod(shape))
-        for shape in (one, other)
-        for piece in stacks[shape]
-    )
-
-
-def _framed(piece: Piece, shape: tuple[int, ...], depth: int, empty: int) -> Piece:
-    """The piece among zeros."""
-    height, width = shape
-    rows, cols = (
-        np.pad(
-            slots,
-            ((0, depth - len(slots)), (0, 0), (0, size - slots.shape[2])),
-            constant_values=empty,
-        )
-        for slots, size in ((piece.rows, height), (piece.cols, width))
-    )
-    return piece._replace(shape=(piece.shape[0], height, width), rows=rows, cols=cols)
-
-
-def _fitted(values: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def _fitted(term: LogSum, piece: Piece, dtype: jnp.dtype) -> jax.Array:
     """A piece's masses in its place in a stack."""
-    return jnp.pad(values, [(0, wanted - n) for wanted, n in zip(shape, values.shape, strict=True)])
+    values = term.masses[piece.block].astype(dtype)
+    for entries in piece.cleared:
+        values = values.at[entries].set(0)
+    if piece.picked is not None:
+        values = values[piece.picked][None, :, None]
+    if values.shape[2] == 1:
+        values = values.reshape(piece.shape[0], -1, 1)
+    missing = [(0, wanted - n) for wanted, n in zip(piece.shape, values.shape, strict=True)]
+    return jnp.pad(values, missing)

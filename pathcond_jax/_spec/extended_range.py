@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.sharding import segment_max
 from pathcond_jax._spec.types import PyTree
 
 # The exponent of an array of zeros: below all others, and far from the end of int32.
 ZERO = -(1 << 20)
+# The most entries of an array of several axes that counts as a vector.
+_SHORT = 1 << 10
 
 
 class Scaled(NamedTuple):
@@ -63,12 +67,36 @@ def normalized(mantissa: jax.Array, exponent: jax.Array, keep_zero: bool = False
     if not mantissa.size:
         return Scaled(mantissa, exponent)
     own = exponent_of(mantissa.max())
-    top = _computed_once(jnp.where(own > ZERO, own + exponent, np.int32(ZERO)))
+    top = computed_once(jnp.where(own > ZERO, own + exponent, np.int32(ZERO)))
     if keep_zero:
         top = jnp.where(top > ZERO, top, exponent)
     # 2^(exponent − ZERO) is inf, and 0 · inf is NaN.
     shift = jnp.where(top > ZERO, exponent - top, 0)
     return Scaled(mantissa * power_of_two(shift, mantissa.dtype), top)
+
+
+def largest(values: Sequence[jax.Array]) -> jax.Array:
+    """The largest absolute value of each array, 0 of one without entries; NaN where one is.
+
+    Returns:
+      ``(len(values),)`` in the dtype to compute in.
+    """
+    dtype = compute_dtype(*(value.dtype for value in values))
+    # Vectors are joined first: each reduction that XLA compiles takes as long for a few entries.
+    is_short = [value.ndim < 2 or value.size <= _SHORT for value in values]
+    short = [value for value, joins in zip(values, is_short, strict=True) if joins]
+    tops = [
+        jnp.abs(value).max().astype(dtype)
+        for value, joins in zip(values, is_short, strict=True)
+        if not joins
+    ]
+    found = [jnp.stack(tops)] if tops else []
+    if short:
+        owners = np.repeat(np.arange(len(short), dtype=np.int32), [value.size for value in short])
+        joined = jnp.concatenate([jnp.abs(value).ravel().astype(dtype) for value in short])
+        found.append(jnp.maximum(segment_max(joined, owners, len(short)), 0))
+    order = np.argsort(np.argsort(is_short, kind="stable"))
+    return jnp.concatenate(found)[order.astype(np.int32)]
 
 
 def aligned(parts: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:
@@ -95,13 +123,16 @@ def powered(value: jax.Array, order: int, dtype: Any, keep_zero: bool = False) -
     return Scaled(mantissa, known * order if keep_zero else jnp.where(top > ZERO, top * order, top))
 
 
-def _computed_once(exponents: jax.Array) -> jax.Array:
-    """The same exponents, out of XLA's sight.
+def computed_once(values: jax.Array) -> jax.Array:
+    """The same values, out of XLA's sight.
 
-    XLA repeats chains of scalars in every kernel that reads them, so that compile time would be
-    quadratic in depth; a maximum over an axis cuts the chain.
+    XLA repeats what is cheap in every kernel that reads it: chains of scalars, so that compile
+    time would be quadratic in depth, and vectors that all leaves read. It does not repeat a
+    reduction, and removes a barrier before it looks. NaN stays NaN.
     """
-    return jnp.where(np.array([True, False]), exponents[..., None], np.int32(ZERO)).max(-1)
+    integer = jnp.issubdtype(values.dtype, jnp.integer)
+    lowest = jnp.asarray(ZERO if integer else -jnp.inf, values.dtype)
+    return jnp.where(np.array([True, False]), values[..., None], lowest).max(-1)
 
 
 def _format(dtype: Any) -> tuple[Any, Any]:
@@ -126,6 +157,10 @@ class ScaledDiagonal(NamedTuple):
     def log_scale(self) -> PyTree:
         """The natural logarithms of the factors 2^exponent, in the mantissas' dtypes."""
         return jax.tree.map(lambda m, e: log_of(e, m.dtype), self.mantissa, self.exponent)
+
+    def logs(self, dtype: Any) -> jax.Array:
+        """The same of all leaves in one array, (leaves,)."""
+        return log_of(jnp.stack(jax.tree.leaves(self.exponent)), dtype)
 
 
 def log_of(exponent: jax.Array, dtype: Any) -> jax.Array:

@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from pathcond_jax._program import roles
 from pathcond_jax._solve.objective import MAX, Goal, LogSum, Objective, Ranges, reduce_masses
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._solve.solve import solve
+from pathcond_jax._spec.arrays import widened
+from pathcond_jax._spec.extended_range import largest
 from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -191,10 +192,8 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
 def _all_finite(params: PyTree, spec: ArchSpec) -> jax.Array:
     values = match_leaves(spec, params)
     trained = [
-        jnp.asarray(value)
+        widened(value)
         for value, leaf in zip(values, spec.leaves, strict=True)
         if leaf.trainable and leaf.size
     ]
-    # The path lifting takes the same maxima, and XLA computes them once.
-    finite = [jnp.isfinite(abs(value).max()) for value in trained]
-    return functools.reduce(operator.and_, finite)
+    return jnp.isfinite(largest(trained)).all()

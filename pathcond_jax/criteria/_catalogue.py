@@ -56,7 +56,14 @@ from pathcond_jax._program import roles
 from pathcond_jax._solve.layout import layout
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
 from pathcond_jax._spec.arrays import compute_dtype, widened
-from pathcond_jax._spec.extended_range import ScaledDiagonal
+from pathcond_jax._spec.extended_range import (
+    ZERO,
+    ScaledDiagonal,
+    computed_once,
+    exponent_of,
+    largest,
+    power_of_two,
+)
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import NeuronGroup, PyTree, SpecError
@@ -423,18 +430,24 @@ def _powers(
     values: list[Any], p: float, extra: tuple[float, ...]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """``|value|^p 2^extra`` of each, as mantissas and the exponents of powers of two."""
-    pairs = [_power(value, p, more) for value, more in zip(values, extra, strict=True)]
-    return [mantissa for mantissa, _ in pairs], [exponent for _, exponent in pairs]
+    wide = [widened(value) for value in values]
+    dtype = compute_dtype(*(value.dtype for value in wide))
+    tops = exponent_of(largest(wide))
+    tops = jnp.where(tops > ZERO, tops, 0)
+    logs = p * tops.astype(dtype) + np.array(extra, dtype)
+    whole = jnp.floor(logs)
+    scales, factors = map(computed_once, (power_of_two(-tops, dtype), jnp.exp2(logs - whole)))
+    mantissas = [
+        _raised(value * scales[k].astype(value.dtype), p) * factors[k].astype(value.dtype)
+        for k, value in enumerate(wide)
+    ]
+    return mantissas, list(computed_once(whole.astype(jnp.int32)))
 
 
-def _power(value: Any, p: float, extra: float) -> tuple[jax.Array, jax.Array]:
-    """``|value|^p 2^extra`` as a mantissa and the exponent of a power of two."""
-    sizes = jnp.abs(widened(value))
-    largest = jnp.max(sizes, initial=0)
-    largest = jnp.where(largest > 0, largest, 1)
-    log = p * jnp.log2(largest) + extra
-    whole = jnp.where(jnp.isfinite(log), jnp.floor(log), 0)
-    return (sizes / largest) ** p * jnp.exp2(log - whole), whole.astype(jnp.int32)
+def _raised(value: jax.Array, p: float) -> jax.Array:
+    """``|value|^p``."""
+    # An absolute value that something else reads as well is written to memory: none for even p.
+    return value ** int(p) if p % 2 == 0 else jnp.abs(value) ** p
 
 
 def _squared(tree: PyTree, spec: ArchSpec, what: str) -> PyTree:
