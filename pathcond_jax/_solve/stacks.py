@@ -72,9 +72,11 @@ def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> Stacks:
 def are_masses(stacks: Stacks) -> jax.Array:
     """Whether all are finite and none is negative."""
     # Asked of the stacks: of every block apart, it multiplies the time that XLA takes to compile.
+    # Both ends are NaN where an entry is.
+    ends = [(values.min(2), values.max(2), logs) for values, logs in stacks]
     valid = [
-        jnp.isfinite(logs).all() & (jnp.isfinite(values) & (values >= 0)).all()
-        for values, logs in stacks
+        (lowest >= 0).all() & jnp.isfinite(highest).all() & jnp.isfinite(logs).all()
+        for lowest, highest, logs in ends
     ]
     return jnp.stack(valid).all()
 
@@ -276,10 +278,11 @@ def _fitted_stack(
     owners = np.repeat(np.arange(len(stack)), [piece.shape[0] for piece in stack])
     logs = jnp.stack([term.log_scales[piece.block].astype(dtype) for piece in stack])
     logs = logs[owners.astype(np.int32)]
-    first, *others = parts = [_fitted(term, piece, dtype) for piece in stack]
-    if not others:
-        return first, logs
-    # Written where they stay: a concatenation computes its parts one by one, or writes them twice.
+    parts = [_fitted(term, piece, dtype) for piece in stack]
+    first, *others = parts
+    if first.shape[2] == 1 or not others:
+        return jnp.concatenate(parts), logs
+    # Written where they stay: to concatenate what is computed is to write it twice.
     values, start = jnp.zeros((owners.size, *first.shape[1:]), dtype), 0
     for part in parts:
         values = lax.dynamic_update_slice_in_dim(values, part, start, 0)
@@ -290,13 +293,13 @@ def _fitted_stack(
 def _equilibrated(
     values: jax.Array, logs: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    values, logs = jnp.where(valid, values, 0), jnp.where(valid, logs, 0)
     # Rows, then columns of what is left: every entry is at most 1, and every column that has mass
     # has a 1, so sums over neither can leave the range of the dtype.
-    rows = values.max(2, keepdims=True)
-    values = values / jnp.where(rows > 0, rows, 1)
+    rows = jnp.where(valid, values.max(2, keepdims=True), 0)
+    values = jnp.where(valid, values / jnp.where(rows > 0, rows, 1), 0)
     cols = values.max(1, keepdims=True)
     values = values / jnp.where(cols > 0, cols, 1)
+    logs = jnp.where(valid, logs, 0)
     return values, jnp.log(rows[:, :, 0]) + logs[:, None], jnp.log(cols[:, 0, :])
 
 
