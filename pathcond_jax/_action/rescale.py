@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,10 @@ from pathcond_jax._solve.solution import Solution, log_scales_of
 from pathcond_jax._spec.arrays import compute_dtype, widened
 from pathcond_jax._spec.extended_range import computed_once, times_power_of_two
 from pathcond_jax._spec.log_scales import LogScales as LogScales
-from pathcond_jax._spec.log_scales import by_group, concatenated
+from pathcond_jax._spec.log_scales import concatenated
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
-from pathcond_jax._spec.types import Incidence, PyTree, SpecError
+from pathcond_jax._spec.types import PyTree, SpecError
 
 
 def rescale(
@@ -52,8 +52,7 @@ def rescale(
       >>> scaled["a"]["w"].tolist(), scaled["b"]["w"].tolist()
       ([[2.0, 4.0]], [[0.5], [0.25]])
     """
-    rescaled = functools.partial(_rescaled, spec=spec.symmetry, power=power)
-    return _with_rescaled(params, spec, log_scales, rescaled)
+    return _with_rescaled(params, spec, log_scales, power, None)
 
 
 def rescale_unless(
@@ -61,8 +60,7 @@ def rescale_unless(
 ) -> PyTree:
     """What :func:`rescale` returns, or ``params`` bit for bit where ``keep``."""
     # Multiplying by 1 may flush subnormal numbers and rewrite NaNs.
-    rescaled = functools.partial(_rescaled_unless, keep, spec=spec.symmetry)
-    return _with_rescaled(params, spec, log_scales, rescaled)
+    return _with_rescaled(params, spec, log_scales, 1, keep)
 
 
 def rescale_buffers(
@@ -79,11 +77,12 @@ def rescale_buffers(
       The arrays, dtypes kept.
     """
     checked = _checked(log_scales, spec)
-    factors_of = {power: _by_path(checked, spec, power) for power in {p for _, _, p in buffers}}
+    plans = {power: _plan(spec.symmetry, power) for power in {power for _, _, power in buffers}}
+    factors = {power: _factors(checked, plan.powers) for power, plan in plans.items()}
     rescaled = []
     for value, position, power in buffers:
-        factors = factors_of[power].get(spec.leaves[position].path)
-        rescaled.append(_multiplied(value, factors) if factors else value)
+        meetings = plans[power].by_path.get(spec.leaves[position].path)
+        rescaled.append(_rescaled(value, factors[power], meetings) if meetings else value)
     return rescaled
 
 
@@ -115,38 +114,92 @@ class _Factor(NamedTuple):
     second: jax.Array
 
 
+class _Meeting(NamedTuple):
+    """An incidence as a static argument, and which factor it takes.
+
+    Attributes:
+      start: where the group begins in the vector of neurons.
+      taken: the position of the power in the tuple of factors.
+      size: the number of neurons of the group.
+      axes: of the leaf.
+      shape: of the index.
+      neurons: the bytes of the index; None: slice k is neuron k.
+    """
+
+    start: int
+    taken: int
+    size: int
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    neurons: bytes | None
+
+
+class _Plan(NamedTuple):
+    """How a spec's leaves are rescaled.
+
+    Attributes:
+      powers: of the scales, of which there are factors.
+      by_path: the meetings of each leaf that neurons meet.
+    """
+
+    powers: tuple[float, ...]
+    by_path: dict[str, tuple[_Meeting, ...]]
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(spec: ArchSpec, power: int) -> _Plan:
+    starts = np.cumsum([0, *(group.size for group in spec.groups)])
+    met = [
+        (int(start), group.size, sign * power * incidence.power, incidence)
+        for start, group in zip(starts, spec.groups, strict=False)
+        for sign, incidences in ((1, group.incoming), (-1, group.outgoing))
+        for incidence in incidences
+    ]
+    powers = tuple(dict.fromkeys(taken for _, _, taken, _ in met))
+    by_path: dict[str, tuple[_Meeting, ...]] = {}
+    for start, size, taken, incidence in met:
+        index = np.asarray(incidence.index, np.int32)
+        whole = np.array_equal(index, np.arange(size))
+        meeting = _Meeting(
+            start,
+            powers.index(taken),
+            size,
+            tuple(incidence.axes),
+            index.shape,
+            None if whole else index.tobytes(),
+        )
+        by_path[incidence.path] = (*by_path.get(incidence.path, ()), meeting)
+    return _Plan(powers, by_path)
+
+
 def _with_rescaled(
     params: PyTree,
     spec: ArchSpec,
     log_scales: LogScales | Solution,
-    rescaled: Callable[[list[jax.Array], list[jax.Array]], list[jax.Array]],
+    power: int,
+    keep: jax.Array | None,
 ) -> PyTree:
     """The parameters with those leaves replaced that neurons meet; the others are passed on."""
-    values = match_leaves(spec, params)
-    checked = _checked(log_scales, spec)
-    positions = [k for k, leaf in enumerate(spec.leaves) if leaf.path in spec.rescaled_paths]
-    replaced = rescaled([values[k] for k in positions], checked)
-    for k, value in zip(positions, replaced, strict=True):
-        values[k] = value
+    values, checked = match_leaves(spec, params), _checked(log_scales, spec)
+    plan = _plan(spec.symmetry, power)
+    factors = _factors(checked, plan.powers)
+    for k, leaf in enumerate(spec.leaves):
+        if leaf.path in plan.by_path:
+            values[k] = _rescaled(values[k], factors, plan.by_path[leaf.path], keep)
     return jax.tree.unflatten(spec.treedef, values)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _rescaled_unless(
-    keep: jax.Array, values: list[jax.Array], log_scales: list[jax.Array], *, spec: ArchSpec
-) -> list[jax.Array]:
-    replaced = _rescaled(values, log_scales, spec=spec, power=1)
-    return [jnp.where(keep, old, new) for old, new in zip(values, replaced, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "power"))
 def _rescaled(
-    values: list[jax.Array], log_scales: list[jax.Array], *, spec: ArchSpec, power: int
-) -> list[jax.Array]:
-    """The leaves that neurons meet, in the order of the spec, each times its factors."""
-    by_path = _by_path(log_scales, spec, power)
-    paths = [leaf.path for leaf in spec.leaves if leaf.path in by_path]
-    return [_multiplied(value, by_path[path]) for path, value in zip(paths, values, strict=True)]
+    value: jax.Array,
+    factors: tuple[_Factor, ...],
+    meetings: tuple[_Meeting, ...],
+    keep: jax.Array | None = None,
+) -> jax.Array:
+    """A leaf times its factors; as it is where ``keep``."""
+    # Starts are numbers, not static: outside of `jit`, equal blocks share what is compiled.
+    starts = [np.int32(meeting.start) for meeting in meetings]
+    same = tuple(meeting._replace(start=0) for meeting in meetings)
+    return _multiplied(value, factors, starts, keep, same)
 
 
 def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:
@@ -182,37 +235,16 @@ def _nearest_power(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return k, k * log_two
 
 
-def _by_path(log_scales: list[jax.Array], spec: ArchSpec, power: int) -> dict[str, list[_Factor]]:
-    """The factors to a power of each leaf that neurons meet, laid out to broadcast against it."""
-    met = [
-        (number, sign * power * incidence.power, incidence)
-        for number, group in enumerate(spec.groups)
-        for sign, incidences in ((1, group.incoming), (-1, group.outgoing))
-        for incidence in incidences
-    ]
-    factors = _factors(log_scales, list(dict.fromkeys(taken for _, taken, _ in met)))
-    by_path: dict[str, list[_Factor]] = {}
-    for number, taken, incidence in met:
-        along = _along_leaf(incidence, factors[taken][number], spec)
-        by_path.setdefault(incidence.path, []).append(along)
-    return by_path
-
-
-def _factors(log_scales: list[jax.Array], powers: list[float]) -> dict[float, list[_Factor]]:
-    """The scales of each group, to each of some powers."""
+@functools.partial(jax.jit, static_argnums=1)
+def _factors(log_scales: list[jax.Array], powers: tuple[float, ...]) -> tuple[_Factor, ...]:
+    """The scales of all neurons to each of some powers, (H,) each."""
     if not log_scales:
-        return {}
+        return ()
     # All groups at once, which XLA compiles much faster than one after the other.
     dtype = compute_dtype(*(z.dtype for z in log_scales))
     mantissa, exponent = _exponential(concatenated(log_scales, dtype))
-    sizes = [z.size for z in log_scales]
-    return {
-        power: [_Factor(*parts) for parts in zip(*halves, strict=True)]
-        for power in powers
-        for halves in [
-            [by_group(computed_once(half), sizes) for half in _to_power(mantissa, exponent, power)]
-        ]
-    }
+    raised = [_to_power(mantissa, exponent, power) for power in powers]
+    return tuple(_Factor(*map(computed_once, factor)) for factor in raised)
 
 
 def _exponential(z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -240,28 +272,39 @@ def _halves(mantissa: jax.Array, exponent: jax.Array) -> _Factor:
     return _Factor(times_power_of_two(mantissa, half), second)
 
 
-def _along_leaf(incidence: Incidence, factor: _Factor, spec: ArchSpec) -> _Factor:
-    """A neuron factor laid out to broadcast against a leaf."""
-    shape = [1] * len(spec.leaf(incidence.path).shape)
-    for axis, size in zip(incidence.axes, incidence.index.shape, strict=True):
+def _along_leaf(meeting: _Meeting, values: jax.Array, ndim: int) -> jax.Array:
+    """Numbers of the neurons of a group laid out to broadcast against a leaf."""
+    shape = [1] * ndim
+    for axis, size in zip(meeting.axes, meeting.shape, strict=True):
         shape[axis] = size
-    order = np.argsort(incidence.axes)
-
-    def lay_out(values: jax.Array) -> jax.Array:
-        if np.array_equal(incidence.index, np.arange(values.size)):
-            return values.reshape(shape)
-        taken = values[np.maximum(incidence.index, 0)]
-        taken = jnp.where(incidence.index >= 0, taken, 1)
-        return taken.transpose(order).reshape(shape)
-
-    return _Factor(*map(lay_out, factor))
+    if meeting.neurons is None:
+        return values.reshape(shape)
+    index = np.frombuffer(meeting.neurons, np.int32).reshape(meeting.shape)
+    taken = jnp.where(index >= 0, values[np.maximum(index, 0)], 1)
+    return taken.transpose(np.argsort(meeting.axes)).reshape(shape)
 
 
-def _multiplied(value: jax.Array, factors: Sequence[_Factor]) -> jax.Array:
-    value = jnp.asarray(value)
+@functools.partial(jax.jit, static_argnums=4)
+def _multiplied(
+    value: jax.Array,
+    factors: tuple[_Factor, ...],
+    starts: list[np.int32],
+    keep: jax.Array | None,
+    meetings: tuple[_Meeting, ...],
+) -> jax.Array:
+    """A leaf times the factors that it meets; as it is where ``keep``."""
     dtype = compute_dtype(value.dtype, *(part.dtype for factor in factors for part in factor))
     product = value.astype(dtype)
     # Two products of a few numbers for each slice, and two with each entry.
-    for halves in zip(*factors, strict=True):
-        product = product * functools.reduce(operator.mul, [half.astype(dtype) for half in halves])
-    return product.astype(value.dtype)
+    for halves in zip(*(factors[meeting.taken] for meeting in meetings), strict=True):
+        taken = [
+            lax.dynamic_slice_in_dim(half.astype(dtype), start, meeting.size)
+            for half, start, meeting in zip(halves, starts, meetings, strict=True)
+        ]
+        along = [
+            _along_leaf(meeting, part, value.ndim)
+            for part, meeting in zip(taken, meetings, strict=True)
+        ]
+        product = product * functools.reduce(operator.mul, along)
+    product = product.astype(value.dtype)
+    return product if keep is None else jnp.where(keep, value, product)

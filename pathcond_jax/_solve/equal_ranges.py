@@ -81,18 +81,17 @@ class RangeProblem(NamedTuple):
 
 
 def make(ranges: Ranges, spec: ArchSpec, limit: jax.Array) -> RangeProblem:
-    """Stacks, checks and equilibrates ranges."""
+    """Checks and equilibrates ranges whose masses are stacked."""
     table, term = stacks.table(spec), ranges.term
     dtype = compute_dtype(*(mass.dtype for mass in term.masses))
-    parts = stacks.stacked(term, table, dtype)
-    finite, given = stacks.are_masses(parts), None
+    finite, given = stacks.are_masses(term), None
     if ranges.given is not None:
         given = concatenated(ranges.given, dtype)
         finite &= (given < jnp.inf).all()
     alive = jnp.broadcast_to(finite, (table.size,))
     box = Box(alive, jnp.asarray(limit).astype(dtype), finite)
     alpha = jnp.asarray(ranges.alpha, dtype)
-    return RangeProblem(stacks.equilibrate(parts, finite), given, alpha, box)
+    return RangeProblem(stacks.equilibrate(term, finite), given, alpha, box)
 
 
 def largest_gap(problem: RangeProblem, table: Table, z: jax.Array) -> jax.Array:

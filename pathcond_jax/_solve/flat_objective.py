@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._solve import stacks
-from pathcond_jax._solve.objective import Objective, Smooth
+from pathcond_jax._solve.objective import LogSum, Objective, Smooth
 from pathcond_jax._solve.stacks import Masses, Table, Weights
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.log_scales import by_group, concatenated
@@ -118,17 +118,16 @@ class Sums(NamedTuple):
 
 
 def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
-    """Stacks, checks and equilibrates an objective."""
-    return _problem(objective, spec, limit, _dtype(objective))
+    """Checks and equilibrates an objective whose masses are stacked."""
+    return _problem(objective, spec, limit, mass_dtype(*objective.terms, *objective.concave))
 
 
 def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any) -> Problem:
     table, terms = stacks.table(spec), objective.terms
     linear = concatenated(objective.linear, dtype)
-    parts = [stacks.stacked(term, table, dtype) for term in terms]
     finite = jnp.isfinite(linear).all()
-    for part in parts:
-        finite &= stacks.are_masses(part)
+    for term in terms:
+        finite &= stacks.are_masses(term)
     origin = jnp.zeros_like(linear)
     for function in objective.smooth:
         finite &= jnp.isfinite(smooth_value(function, table, origin))
@@ -151,7 +150,7 @@ def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any)
         linear=linear,
         smooth=objective.smooth,
         scale=weights.sum() + extra.sum(),
-        masses=tuple(stacks.equilibrate(part, finite) for part in parts),
+        masses=tuple(stacks.equilibrate(term, finite) for term in terms),
         box=Box(jnp.ones(linear.shape, bool), jnp.asarray(limit).astype(dtype), finite),
         concave=concave,
     )
@@ -170,9 +169,8 @@ def tilted(problem: Problem, table: Table, linear: jax.Array) -> Problem:
     return problem._replace(linear=jnp.where(finite, linear, 0), box=box)
 
 
-def _dtype(objective: Objective) -> Any:
+def mass_dtype(*terms: LogSum) -> Any:
     """The dtype to solve in: the widest of all masses."""
-    terms = (*objective.terms, *objective.concave)
     dtypes = [mass.dtype for term in terms for mass in term.masses]
     return compute_dtype(*dtypes) if terms else jnp.zeros(()).dtype
 

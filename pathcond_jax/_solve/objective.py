@@ -5,12 +5,14 @@ entries i. Entries that share their row of B are summed once, before any solver 
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pathcond_jax._solve.layout import Block, Link, Source, layout
 from pathcond_jax._spec.arrays import compute_dtype, widened
@@ -169,67 +171,88 @@ def reduce_masses(
     spec: ArchSpec, tree: PyTree | ScaledDiagonal, reduction: Reduction = SUM
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Reduces the trainable entries of a parameter-shaped tree to the blocks of the layout."""
-    return _reduce_masses(tree, spec.symmetry, reduction)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _reduce_masses(
-    tree: PyTree | ScaledDiagonal, spec: ArchSpec, reduction: Reduction
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    # Leaf by leaf: outside of `jit`, leaves of one shape and role share what is compiled.
     values = tree.mantissa if isinstance(tree, ScaledDiagonal) else tree
-    values, blocks = match_leaves(spec, values, "gram"), layout(spec).blocks
-    parts = [
-        [_reduce_leaf(block, source, values[source.leaf], reduction) for source in block.sources]
-        for block in blocks
-    ]
-    dtypes = [compute_dtype(*(part.dtype for part in found)) for found in parts]
+    values, blocks = match_leaves(spec, values, "gram"), layout(spec.symmetry).blocks
+    found = [[widened(values[source.leaf]) for source in block.sources] for block in blocks]
+    dtypes = [compute_dtype(*(value.dtype for value in leaves)) for leaves in found]
     if isinstance(tree, ScaledDiagonal):
-        factors, tops = _over_the_largest(blocks, tree.logs(compute_dtype(*dtypes)))
+        order = [source.leaf for block in blocks for source in block.sources]
+        sizes = tuple(len(block.sources) for block in blocks)
+        logs = tree.logs(compute_dtype(*dtypes))[np.array(order, np.int32)]
+        factors, tops = _over_the_largest(logs, sizes)
     else:
-        factors = [[None] * len(found) for found in parts]
-        tops = [jnp.zeros(())] * len(blocks)
-    masses = [
-        functools.reduce(reduction.pair, map(functools.partial(_times, dtype), found, these))
-        for found, these, dtype in zip(parts, factors, dtypes, strict=True)
-    ]
-    scalars = zip(tops, dtypes, strict=True)
-    return tuple(masses), tuple(jnp.asarray(top).astype(dtype) for top, dtype in scalars)
+        factors, tops = None, jnp.zeros((len(blocks),), compute_dtype(*dtypes))
+    numbers, masses = itertools.count(), []
+    for block, leaves, dtype in zip(blocks, found, dtypes, strict=True):
+        parts = [
+            _part(value, factors, np.int32(number), _role(block, source), reduction, dtype)
+            for value, source, number in zip(leaves, block.sources, numbers, strict=False)
+        ]
+        masses.append(functools.reduce(reduction.pair, parts))
+    return tuple(masses), tuple(top.astype(t) for top, t in zip(tops, dtypes, strict=True))
 
 
-def _over_the_largest(
-    blocks: tuple[Block, ...], scales: jax.Array
-) -> tuple[list[list[jax.Array | None]], list[jax.Array]]:
-    """What the leaves of each block are multiplied by, and the largest logarithm of each.
+@functools.partial(jax.jit, static_argnums=1)
+def _over_the_largest(logs: jax.Array, sizes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """What the leaves of each block are multiplied by, and the largest logarithm of each block.
 
-    Smaller parts may vanish, none overflows. A block of one leaf is left as it is.
+    Smaller parts may vanish, none overflows.
     """
-    owners = np.repeat(
-        np.arange(len(blocks), dtype=np.int32), [len(block.sources) for block in blocks]
-    )
-    logs = scales[np.array([s.leaf for block in blocks for s in block.sources], np.int32)]
-    tops = segment_max(logs, owners, len(blocks))
+    owners = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+    tops = segment_max(logs, owners, len(sizes))
     tops = computed_once(jnp.where(jnp.isfinite(tops), tops, 0))
-    factors = iter(computed_once(jnp.exp(logs - tops[owners])))
-    alone = [len(block.sources) == 1 for block in blocks]
-    taken = [[next(factors) for _ in block.sources] for block in blocks]
-    return [[None] if a else these for a, these in zip(alone, taken, strict=True)], list(tops)
+    return computed_once(jnp.exp(logs - tops[owners])), tops
 
 
-def _times(dtype: Any, part: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return part.astype(dtype) if factor is None else part.astype(dtype) * factor.astype(dtype)
+class Role(NamedTuple):
+    """How one leaf is summed into a block, as a static argument.
+
+    Attributes:
+      axes: those of the batch, of the rows and of the columns.
+      shape: of the block.
+      segments: the bytes of the segments of rows and of columns.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, int, int]
+    segments: tuple[bytes | None, ...]
 
 
-def _reduce_leaf(block: Block, source: Source, value: jax.Array, reduction: Reduction) -> jax.Array:
-    value = widened(value)
-    kept = source.batch + source.rows + source.cols
+def _role(block: Block, source: Source) -> Role:
+    segments = (source.row_segments, source.col_segments)
+    return Role(
+        (source.batch, source.rows, source.cols),
+        block.shape,
+        tuple(None if part is None else part.tobytes() for part in segments),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _part(
+    value: jax.Array,
+    factors: jax.Array | None,
+    number: np.int32,
+    role: Role,
+    reduction: Reduction,
+    dtype: Any,
+) -> jax.Array:
+    """A leaf reduced to its block, times its factor."""
+    batch, rows, cols = role.axes
+    kept = batch + rows + cols
     rest = tuple(a for a in range(value.ndim) if a not in kept)
     value = jnp.transpose(reduction.axes(value, axis=rest, keepdims=True), kept + rest)
-    rows = value.shape[len(source.batch) : len(source.batch + source.rows)]
-    value = value.reshape(block.batch, int(np.prod(rows, dtype=np.int64)), -1)
-    for axis, segments in ((1, source.row_segments), (2, source.col_segments)):
+    height = int(np.prod(value.shape[len(batch) : len(batch + rows)], dtype=np.int64))
+    value = value.reshape(role.shape[0], height, -1)
+    for axis, segments in enumerate(role.segments, 1):
         if segments is not None:
-            value = _reduce_segments(value, segments, block.shape[axis], axis, reduction)
-    return value
+            array = np.frombuffer(segments, np.int32)
+            value = _reduce_segments(value, array, role.shape[axis], axis, reduction)
+    value = value.astype(dtype)
+    if factors is None:
+        return value
+    factor = lax.dynamic_index_in_dim(factors, number, keepdims=False)
+    return value * factor.astype(dtype)
 
 
 def _reduce_segments(

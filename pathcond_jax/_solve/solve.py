@@ -164,13 +164,14 @@ def solve(
         _check_goal(gram, name, limits)
         limits.append(gram.limit)
         gram = gram._replace(limit=None)
+    goal = gram if isinstance(gram, Goal) else path_objective(spec, gram)
     chosen = METHODS[name]
     limit = min((bound for bound in limits if bound is not None), default=None)
     # Numbers are arguments of the compiled function, so that changing them compiles nothing. The
     # dtype, and with it the default tolerance, is known only inside.
     steps, tol = _nonnegative("max_steps", max_steps), _nonnegative("tol", tol)
     return _solve(
-        gram,
+        _stacked(goal, spec),
         _checked_initial(initial, spec),
         chosen.max_steps if steps is None else int(steps),
         chosen.tol if tol is None else dict.fromkeys(chosen.tol, float(tol)),
@@ -179,6 +180,20 @@ def solve(
         spec=spec.symmetry,
         method=name,
     )
+
+
+def _stacked(goal: Goal, spec: ArchSpec) -> Goal:
+    """The goal, its masses as the table of stacks has them."""
+    table = stacks.table(spec.symmetry)
+    if isinstance(goal, Ranges):
+        dtype = flat_objective.mass_dtype(goal.term)
+        return goal._replace(term=stacks.stacked(goal.term, table, dtype))
+    dtype = flat_objective.mass_dtype(*goal.terms, *goal.concave)
+    terms, concave = (
+        tuple(stacks.stacked(term, table, dtype) for term in part)
+        for part in (goal.terms, goal.concave)
+    )
+    return goal._replace(terms=terms, concave=concave)
 
 
 def _method_name(method: str | None, goal: type) -> str:
@@ -247,7 +262,7 @@ def _check_goal(goal: Goal, method: str, limits: list[float | None]) -> None:
 
 @functools.partial(jax.jit, static_argnames=("spec", "method"))
 def _solve(
-    gram: PyTree,
+    goal: Goal,
     initial: LogScales | None,
     max_steps: int | jax.Array,
     tols: dict[int, float | jax.Array],
@@ -258,7 +273,6 @@ def _solve(
     method: str,
 ) -> Solution:
     chosen = METHODS[method]
-    goal = gram if isinstance(gram, Goal) else path_objective(spec, gram)
     problem = chosen.prepare(goal, spec, jnp.asarray(limit))
     dtype = problem.box.limit.dtype
     z = jnp.zeros((spec.num_neurons,), dtype)

@@ -61,19 +61,30 @@ class Weights(NamedTuple):
     logs: jax.Array
 
 
-Stacks = tuple[tuple[jax.Array, jax.Array], ...]
+def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> LogSum:
+    """The term with its masses as they are, one array per stack in place of one per block.
+
+    Beside each stack are, for each of its batch entries, the logarithms of their scales.
+    """
+    # One program per stack outside of `jit`, whatever the number of its blocks.
+    masses = [
+        _joined([_fitted(term.masses[p.block], p, dtype) for p in stack]) for stack in table.stacks
+    ]
+    scales = jnp.stack([scale.astype(dtype) for scale in term.log_scales])
+    owners = [
+        np.repeat([p.block for p in stack], [p.shape[0] for p in stack]) for stack in table.stacks
+    ]
+    logs = [scales[blocks.astype(np.int32)] for blocks in owners]
+    return term._replace(masses=tuple(masses), log_scales=tuple(logs))
 
 
-def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> Stacks:
-    """A term's masses as they are, and a logarithm per batch entry by which they are scaled."""
-    return tuple(_fitted_stack(term, stack, dtype) for stack in table.stacks)
-
-
-def are_masses(stacks: Stacks) -> jax.Array:
-    """Whether all are finite and none is negative."""
-    # Asked of the stacks: of every block apart, it multiplies the time that XLA takes to compile.
+def are_masses(term: LogSum) -> jax.Array:
+    """Whether all that :func:`stacked` gives are finite and none is negative."""
     # Both ends are NaN where an entry is.
-    ends = [(values.min(2), values.max(2), logs) for values, logs in stacks]
+    ends = [
+        (values.min(2), values.max(2), logs)
+        for values, logs in zip(term.masses, term.log_scales, strict=True)
+    ]
     valid = [
         (lowest >= 0).all() & jnp.isfinite(highest).all() & jnp.isfinite(logs).all()
         for lowest, highest, logs in ends
@@ -81,8 +92,9 @@ def are_masses(stacks: Stacks) -> jax.Array:
     return jnp.stack(valid).all()
 
 
-def equilibrate(stacks: Stacks, valid: jax.Array) -> Masses:
+def equilibrate(term: LogSum, valid: jax.Array) -> Masses:
     """Masses, 0 unless ``valid``, divided by the largest of their rows and of their columns."""
+    stacks = zip(term.masses, term.log_scales, strict=True)
     parts = [_equilibrated(values, logs, valid) for values, logs in stacks]
     logs = [(rows, cols) for _, rows, cols in parts]
     return Masses(tuple(values for values, _, _ in parts), join_sides(logs))
@@ -272,22 +284,19 @@ def _finite(top: jax.Array) -> jax.Array:
     return jnp.where(top > -jnp.inf, top, 0)
 
 
-def _fitted_stack(
-    term: LogSum, stack: tuple[Piece, ...], dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    owners = np.repeat(np.arange(len(stack)), [piece.shape[0] for piece in stack])
-    logs = jnp.stack([term.log_scales[piece.block].astype(dtype) for piece in stack])
-    logs = logs[owners.astype(np.int32)]
-    parts = [_fitted(term, piece, dtype) for piece in stack]
+@jax.jit
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    """Pieces along the batch axis."""
     first, *others = parts
     if first.shape[2] == 1 or not others:
-        return jnp.concatenate(parts), logs
+        return jnp.concatenate(parts)
     # Written where they stay: to concatenate what is computed is to write it twice.
-    values, start = jnp.zeros((owners.size, *first.shape[1:]), dtype), 0
+    count = sum(part.shape[0] for part in parts)
+    values, start = jnp.zeros((count, *first.shape[1:]), first.dtype), 0
     for part in parts:
         values = lax.dynamic_update_slice_in_dim(values, part, start, 0)
         start += part.shape[0]
-    return values, logs
+    return values
 
 
 def _equilibrated(
@@ -303,9 +312,9 @@ def _equilibrated(
     return values, jnp.log(rows[:, :, 0]) + logs[:, None], jnp.log(cols[:, 0, :])
 
 
-def _fitted(term: LogSum, piece: Piece, dtype: jnp.dtype) -> jax.Array:
-    """A piece's masses in its place in a stack."""
-    values = term.masses[piece.block].astype(dtype)
+def _fitted(values: jax.Array, piece: Piece, dtype: jnp.dtype) -> jax.Array:
+    """The masses of a block where those of a piece lie in a stack."""
+    values = values.astype(dtype)
     for entries in piece.cleared:
         values = values.at[entries].set(0)
     if piece.picked is not None:
@@ -313,4 +322,4 @@ def _fitted(term: LogSum, piece: Piece, dtype: jnp.dtype) -> jax.Array:
     if values.shape[2] == 1:
         values = values.reshape(piece.shape[0], -1, 1)
     missing = [(0, wanted - n) for wanted, n in zip(piece.shape, values.shape, strict=True)]
-    return jnp.pad(values, missing)
+    return jnp.pad(values, missing) if any(n for _, n in missing) else values

@@ -86,7 +86,7 @@ def largest(values: Sequence[jax.Array]) -> jax.Array:
     is_short = [value.ndim < 2 or value.size <= _SHORT for value in values]
     short = [value for value, joins in zip(values, is_short, strict=True) if joins]
     tops = [
-        jnp.abs(value).max().astype(dtype)
+        _top(value).astype(dtype)
         for value, joins in zip(values, is_short, strict=True)
         if not joins
     ]
@@ -97,6 +97,11 @@ def largest(values: Sequence[jax.Array]) -> jax.Array:
         found.append(jnp.maximum(segment_max(joined, owners, len(short)), 0))
     order = np.argsort(np.argsort(is_short, kind="stable"))
     return jnp.concatenate(found)[order.astype(np.int32)]
+
+
+@jax.jit
+def _top(value: jax.Array) -> jax.Array:
+    return jnp.abs(value).max()
 
 
 def aligned(parts: Sequence[Scaled]) -> tuple[list[jax.Array], jax.Array]:

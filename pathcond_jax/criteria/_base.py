@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,7 +187,6 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)
 def _all_finite(params: PyTree, spec: ArchSpec) -> jax.Array:
     values = match_leaves(spec, params)
     trained = [

@@ -50,6 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._program import roles
@@ -425,23 +426,42 @@ def _nothing(spec: ArchSpec) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros(group.size) for group in spec.groups)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _powers(
     values: list[Any], p: float, extra: tuple[float, ...]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """``|value|^p 2^extra`` of each, as mantissas and the exponents of powers of two."""
     wide = [widened(value) for value in values]
-    dtype = compute_dtype(*(value.dtype for value in wide))
-    tops = exponent_of(largest(wide))
-    tops = jnp.where(tops > ZERO, tops, 0)
-    logs = p * tops.astype(dtype) + np.array(extra, dtype)
+    tops = largest(wide)
+    scales, factors, exponents = _normalizing(tops, p, np.array(extra, tops.dtype))
+    mantissas = [_power(v, scales, factors, np.int32(k), p) for k, v in enumerate(wide)]
+    return mantissas, list(exponents)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normalizing(
+    tops: jax.Array, p: float, extra: np.ndarray
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What each leaf is multiplied by before and after the power, and the exponent then left."""
+    exponents = exponent_of(tops)
+    exponents = jnp.where(exponents > ZERO, exponents, 0)
+    logs = p * exponents.astype(tops.dtype) + extra
     whole = jnp.floor(logs)
-    scales, factors = map(computed_once, (power_of_two(-tops, dtype), jnp.exp2(logs - whole)))
-    mantissas = [
-        _raised(value * scales[k].astype(value.dtype), p) * factors[k].astype(value.dtype)
-        for k, value in enumerate(wide)
-    ]
-    return mantissas, list(computed_once(whole.astype(jnp.int32)))
+    return (
+        computed_once(power_of_two(-exponents, tops.dtype)),
+        computed_once(jnp.exp2(logs - whole)),
+        computed_once(whole.astype(jnp.int32)),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _power(
+    value: jax.Array, scales: jax.Array, factors: jax.Array, number: np.int32, p: float
+) -> jax.Array:
+    scale, factor = (
+        lax.dynamic_index_in_dim(array, number, keepdims=False).astype(value.dtype)
+        for array in (scales, factors)
+    )
+    return _raised(value * scale, p) * factor
 
 
 def _raised(value: jax.Array, p: float) -> jax.Array:
