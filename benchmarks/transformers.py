@@ -5,9 +5,9 @@
 
 A *copy* reads and writes every entry once: a compiled ``tree.map(lambda a: a * 1.0001)``. All run
 times are given in copies, all compile times in those of a training step (gradient and Adam), both
-measured in the same process. Bytes are those of XLA's cost analysis over those of the parameters;
-a loop's body counts once there. Memory is XLA's temporary memory, with donated parameters, over
-the parameters. Each network has a process of its own.
+measured in the same process, run times in turns. Bytes are those of XLA's cost analysis over those of the parameters;
+a loop's body counts once there. Memory is XLA's temporary memory over the parameters; with donated
+parameters nothing is added to it. Each network has a process of its own.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,15 +194,13 @@ QUICK: dict[str, Network] = {
 }
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """The median time of a call, after one that does not count."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """The median seconds of each call, in turns, after one round that does not count."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats + 1):
+        for call, taken in zip(calls, times, strict=True):
+            taken.append(timed(call)[1])
+    return [statistics.median(taken[1:]) for taken in times]
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -241,8 +239,8 @@ def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any
         "trace, s": trace,
     }
     copy, _ = built(lambda p: jax.tree.map(lambda a: a * 1.0001, p), params)
-    pass_ = seconds(lambda: copy(params), repeats)
-    row["copy, ms"] = 1e3 * pass_
+    copied = functools.partial(copy, params)
+    row["copy, ms"] = 1e3 * in_turns([copied], repeats)[0]
     step, figures = built(*_training_step(network, params, example))
     row["training step compiles, s"] = unit = figures["compile"]
     del step
@@ -255,7 +253,8 @@ def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any
         if eager:
             row[f"{name}: first eager call, s"] = timed(functools.partial(call, params))[1]
         compiled, figures = built(call, params)
-        row[f"{name}: copies"] = seconds(functools.partial(compiled, params), repeats) / pass_
+        taken, unit_pass = in_turns([functools.partial(compiled, params), copied], repeats)
+        row[f"{name}: copies"] = taken / unit_pass
         row[f"{name}: lowers, s"] = figures["lower"]
         row[f"{name}: compiles, s"] = figures["compile"]
         row[f"{name}: compiles, training steps"] = figures["compile"] / unit
