@@ -1,7 +1,7 @@
 """What conditioning a transformer costs, in passes over its parameters and in training steps.
 
-    python benchmarks/transformers.py [--networks blocks-12x256 ...] [--quick] [--repeats 7]
-                                      [--json FILE]
+    python benchmarks/transformers.py [--networks blocks-12x256 ...] [--quick]
+                                      [--repeats 7] [--json FILE]
 
 A *copy* reads and writes every entry once: a compiled ``tree.map(lambda a: a * 1.0001)``. All run
 times are given in copies, all compile times in those of a training step (gradient and Adam), both

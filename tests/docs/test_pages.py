@@ -7,7 +7,7 @@ import jax
 import pytest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-PAGES = ("extending.md",)
+PAGES = ("extending.md", "large_models.md")
 SNIPPETS = [
     pytest.param(snippet, id=f"{name} {number}")
     for name in PAGES
