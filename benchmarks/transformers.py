@@ -5,9 +5,9 @@
 
 A *copy* reads and writes every entry once: a compiled ``tree.map(lambda a: a * 1.0001)``. All run
 times are given in copies, all compile times in those of a training step (gradient and Adam), both
-measured in the same process, run times in turns. Bytes are those of XLA's cost analysis over those of the parameters;
-a loop's body counts once there. Memory is XLA's temporary memory over the parameters; with donated
-parameters nothing is added to it. Each network has a process of its own.
+measured in the same process, run times in turns. Bytes are those of XLA's cost analysis over those
+of the parameters; a loop's body counts once there. Memory is XLA's temporary memory over the
+parameters; with donated parameters nothing is added to it. Each network has a process of its own.
 """
 
 import argparse

@@ -123,7 +123,7 @@ class _Meeting(NamedTuple):
       size: the number of neurons of the group.
       axes: of the leaf.
       shape: of the index.
-      neurons: the bytes of the index; None: slice k is neuron k.
+      neurons: the bytes of the index; None: it counts the neurons in order.
     """
 
     start: int
@@ -159,7 +159,8 @@ def _plan(spec: ArchSpec, power: int) -> _Plan:
     by_path: dict[str, tuple[_Meeting, ...]] = {}
     for start, size, taken, incidence in met:
         index = np.asarray(incidence.index, np.int32)
-        whole = np.array_equal(index, np.arange(size))
+        in_order = list(incidence.axes) == sorted(incidence.axes)
+        whole = in_order and np.array_equal(index.ravel(), np.arange(size))
         meeting = _Meeting(
             start,
             powers.index(taken),
