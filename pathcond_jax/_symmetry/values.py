@@ -155,7 +155,7 @@ class Analysis:
         key = (id(graph), number)
         if key not in self._constants:
             known = jnp.issubdtype(graph.avals[number].dtype, jnp.inexact)
-            free = _fits_every_scale(graph.constants[number]) if known else np.zeros(())
+            free = _fits_every_scale(_computed(graph, number)) if known else np.zeros(())
             # Zeros that come from outside, such as the first running means, are there to change.
             if free.any() and not (free.all() and number in graph.captured):
                 self._constants[key] = Scale((Term(1.0, np.where(free, WILD, 0)),))
@@ -164,8 +164,16 @@ class Analysis:
         return self._constants[key]
 
 
-def _fits_every_scale(value: Any) -> np.ndarray:
-    array = np.asarray(value)
+def _computed(graph: Graph, number: int) -> np.ndarray | None:
+    """A constant; None if JAX cannot compute it."""
+    try:
+        return np.asarray(graph.constants[number])
+    except Exception:
+        return None
+
+
+def _fits_every_scale(constant: np.ndarray | None) -> np.ndarray:
+    array = np.ones(()) if constant is None else constant
     free = (array == 0) | ~np.isfinite(array)
     for axis in range(array.ndim):
         head = np.take(free, [0], axis) if array.shape[axis] else free
@@ -196,9 +204,7 @@ class Scope:
 
     def constant(self, k: int) -> np.ndarray | None:
         """The value of input ``k`` if it is known when tracing."""
-        return (
-            np.asarray(self.graph.constants[self.node.inputs[k]]) if self.is_constant(k) else None
-        )
+        return _computed(self.graph, self.node.inputs[k]) if self.is_constant(k) else None
 
     @property
     def params(self) -> Any:

@@ -141,3 +141,14 @@ def test_wrong_calls(arguments, message):
     primitive, rules = arguments
     with pytest.raises(pathcond.SpecError, match=message):
         pathcond.register_rule(primitive, **rules)
+
+
+def test_a_constant_that_jax_cannot_compute_has_no_scale(kernel):
+    def apply_fn(params, x):
+        offset = kernel.bind(jnp.zeros((1, 3)))
+        return jax.nn.relu(x @ params["w"] + offset) @ params["v"]
+
+    assert pathcond.trace_spec(apply_fn, PARAMS, X).num_neurons == 0
+    scaled = lambda params, x: apply_fn(params, x) @ jnp.ones((1, 4)) @ params["u"]  # noqa: E731
+    spec = pathcond.trace_spec(scaled, {**PARAMS, "u": jnp.ones((4, 2))}, X)
+    assert [group.size for group in spec.groups] == [1]
