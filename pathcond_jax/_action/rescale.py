@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._solve.solution import Solution, log_scales_of
-from pathcond_jax._spec.arrays import compute_dtype, widened
+from pathcond_jax._spec.arrays import compute_dtype, part_of, widened
 from pathcond_jax._spec.extended_range import computed_once, times_power_of_two
 from pathcond_jax._spec.log_scales import LogScales as LogScales
 from pathcond_jax._spec.log_scales import concatenated
@@ -197,10 +197,13 @@ def _rescaled(
     keep: jax.Array | None = None,
 ) -> jax.Array:
     """A leaf times its factors; as it is where ``keep``."""
-    # Starts are numbers, not static: outside of `jit`, equal blocks share what is compiled.
-    starts = [np.int32(meeting.start) for meeting in meetings]
-    same = tuple(meeting._replace(start=0) for meeting in meetings)
-    return _multiplied(value, factors, starts, keep, same)
+    halves = [
+        [part_of(half, meeting.start, meeting.size) for half in factors[meeting.taken]]
+        for meeting in meetings
+    ]
+    # Where they begin is known: outside of `jit`, equal blocks share what is compiled.
+    same = tuple(meeting._replace(start=0, taken=0) for meeting in meetings)
+    return _multiplied(value, halves, keep, same)
 
 
 def _as_log_scales(z: Any, what: str = "log-scales") -> jax.Array:
@@ -285,26 +288,21 @@ def _along_leaf(meeting: _Meeting, values: jax.Array, ndim: int) -> jax.Array:
     return taken.transpose(np.argsort(meeting.axes)).reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=3)
 def _multiplied(
     value: jax.Array,
-    factors: tuple[_Factor, ...],
-    starts: list[np.int32],
+    factors: list[list[jax.Array]],
     keep: jax.Array | None,
     meetings: tuple[_Meeting, ...],
 ) -> jax.Array:
-    """A leaf times the factors that it meets; as it is where ``keep``."""
-    dtype = compute_dtype(value.dtype, *(part.dtype for factor in factors for part in factor))
+    """A leaf times the two halves of the factors that it meets; as it is where ``keep``."""
+    dtype = compute_dtype(value.dtype, *(half.dtype for halves in factors for half in halves))
     product = value.astype(dtype)
     # Two products of a few numbers for each slice, and two with each entry.
-    for halves in zip(*(factors[meeting.taken] for meeting in meetings), strict=True):
-        taken = [
-            lax.dynamic_slice_in_dim(half.astype(dtype), start, meeting.size)
-            for half, start, meeting in zip(halves, starts, meetings, strict=True)
-        ]
+    for halves in zip(*factors, strict=True):
         along = [
-            _along_leaf(meeting, part, value.ndim)
-            for part, meeting in zip(taken, meetings, strict=True)
+            _along_leaf(meeting, half.astype(dtype), value.ndim)
+            for half, meeting in zip(halves, meetings, strict=True)
         ]
         product = product * functools.reduce(operator.mul, along)
     product = product.astype(value.dtype)

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pathcond_jax._solve.layout import Block, Link, Source, layout
-from pathcond_jax._spec.arrays import compute_dtype, widened
+from pathcond_jax._spec.arrays import compute_dtype, part_of, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal, computed_once
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 from pathcond_jax._spec.spec import ArchSpec
@@ -183,10 +182,14 @@ def reduce_masses(
         factors, tops = _over_the_largest(logs, sizes)
     else:
         factors, tops = None, jnp.zeros((len(blocks),), compute_dtype(*dtypes))
+
+    def factor(number: int) -> jax.Array | None:
+        return None if factors is None else part_of(factors, number, 1)
+
     numbers, masses = itertools.count(), []
     for block, leaves, dtype in zip(blocks, found, dtypes, strict=True):
         parts = [
-            _part(value, factors, np.int32(number), _role(block, source), reduction, dtype)
+            _part(value, factor(number), _role(block, source), reduction, dtype)
             for value, source, number in zip(leaves, block.sources, numbers, strict=False)
         ]
         masses.append(functools.reduce(reduction.pair, parts))
@@ -228,11 +231,10 @@ def _role(block: Block, source: Source) -> Role:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _part(
     value: jax.Array,
-    factors: jax.Array | None,
-    number: np.int32,
+    factor: jax.Array | None,
     role: Role,
     reduction: Reduction,
     dtype: Any,
@@ -249,10 +251,7 @@ def _part(
             array = np.frombuffer(segments, np.int32)
             value = _reduce_segments(value, array, role.shape[axis], axis, reduction)
     value = value.astype(dtype)
-    if factors is None:
-        return value
-    factor = lax.dynamic_index_in_dim(factors, number, keepdims=False)
-    return value * factor.astype(dtype)
+    return value if factor is None else value * factor.reshape(()).astype(dtype)
 
 
 def _reduce_segments(

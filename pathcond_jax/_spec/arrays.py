@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 
 def is_traced(value: Any) -> bool:
@@ -22,3 +24,14 @@ def widened(value: Any) -> jax.Array:
     """A floating array in the dtype that is computed in: float32 at least."""
     value = jnp.asarray(value)
     return value.astype(compute_dtype(value.dtype))
+
+
+def part_of(array: jax.Array, start: int, size: int) -> jax.Array:
+    """``array[start : start + size]`` of a vector.
+
+    Outside of ``jit``, parts of one size share what is compiled. Within, devices that divide the
+    vector are told where the part begins.
+    """
+    if is_traced(array):
+        return lax.slice_in_dim(array, start, start + size)
+    return lax.dynamic_slice_in_dim(array, np.int32(start), size)

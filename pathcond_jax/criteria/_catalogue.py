@@ -50,13 +50,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._program import roles
 from pathcond_jax._solve.layout import layout
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
-from pathcond_jax._spec.arrays import compute_dtype, widened
+from pathcond_jax._spec.arrays import compute_dtype, part_of, widened
 from pathcond_jax._spec.extended_range import (
     ZERO,
     ScaledDiagonal,
@@ -433,7 +432,10 @@ def _powers(
     wide = [widened(value) for value in values]
     tops = largest(wide)
     scales, factors, exponents = _normalizing(tops, p, np.array(extra, tops.dtype))
-    mantissas = [_power(v, scales, factors, np.int32(k), p) for k, v in enumerate(wide)]
+    mantissas = [
+        _power(value, part_of(scales, k, 1), part_of(factors, k, 1), p)
+        for k, value in enumerate(wide)
+    ]
     return mantissas, list(exponents)
 
 
@@ -453,14 +455,9 @@ def _normalizing(
     )
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _power(
-    value: jax.Array, scales: jax.Array, factors: jax.Array, number: np.int32, p: float
-) -> jax.Array:
-    scale, factor = (
-        lax.dynamic_index_in_dim(array, number, keepdims=False).astype(value.dtype)
-        for array in (scales, factors)
-    )
+@functools.partial(jax.jit, static_argnums=3)
+def _power(value: jax.Array, scale: jax.Array, factor: jax.Array, p: float) -> jax.Array:
+    scale, factor = (number.reshape(()).astype(value.dtype) for number in (scale, factor))
     return _raised(value * scale, p) * factor
 
 
