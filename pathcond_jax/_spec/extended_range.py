@@ -9,13 +9,10 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._spec.arrays import compute_dtype
-from pathcond_jax._spec.sharding import segment_max
 from pathcond_jax._spec.types import PyTree
 
 # The exponent of an array of zeros: below all others, and far from the end of int32.
 ZERO = -(1 << 20)
-# The most entries of an array of several axes that counts as a vector.
-_SHORT = 1 << 10
 
 
 class Scaled(NamedTuple):
@@ -81,22 +78,10 @@ def largest(values: Sequence[jax.Array]) -> jax.Array:
     Returns:
       ``(len(values),)`` in the dtype to compute in.
     """
+    # Each by itself: to join vectors would let XLA divide a replicated one as its neighbors are.
     dtype = compute_dtype(*(value.dtype for value in values))
-    # Vectors are joined first: each reduction that XLA compiles takes as long for a few entries.
-    is_short = [value.ndim < 2 or value.size <= _SHORT for value in values]
-    short = [value for value, joins in zip(values, is_short, strict=True) if joins]
-    tops = [
-        _top(value).astype(dtype)
-        for value, joins in zip(values, is_short, strict=True)
-        if not joins
-    ]
-    found = [jnp.stack(tops)] if tops else []
-    if short:
-        owners = np.repeat(np.arange(len(short), dtype=np.int32), [value.size for value in short])
-        joined = jnp.concatenate([jnp.abs(value).ravel().astype(dtype) for value in short])
-        found.append(jnp.maximum(segment_max(joined, owners, len(short)), 0))
-    order = np.argsort(np.argsort(is_short, kind="stable"))
-    return jnp.concatenate(found)[order.astype(np.int32)]
+    zero = jnp.zeros((), dtype)
+    return jnp.stack([_top(value).astype(dtype) if value.size else zero for value in values])
 
 
 @jax.jit
