@@ -31,7 +31,7 @@ class ArchSpec:
       groups: the neuron groups in forward order.
       leaves: every leaf of the parameter tree, in flattening order.
       treedef: the structure of the parameter tree.
-      pinned: what may not be rescaled, and why.
+      explain: gives ``pinned``, which takes as long as finding the groups and is for people.
       program: the traced network, which path lifting runs on one example; None if there is none.
       apply_fn: the network as a function; None if there is none.
       example_inputs: the shapes and dtypes of the inputs after the parameters.
@@ -43,7 +43,7 @@ class ArchSpec:
     groups: tuple[NeuronGroup, ...]
     leaves: tuple[Leaf, ...]
     treedef: Any
-    pinned: tuple[Pinned, ...] = ()
+    explain: Callable[[], tuple[Pinned, ...]] = tuple
     program: Any = None
     max_pool: str = "paths"
     apply_fn: Callable[..., Any] | None = None
@@ -58,6 +58,11 @@ class ArchSpec:
         object.__setattr__(self, "groups", tuple(self.groups))
         for group in self.groups:
             _check_group(group, self._by_path)
+
+    @cached_property
+    def pinned(self) -> tuple[Pinned, ...]:
+        """What may not be rescaled, and why."""
+        return self.explain()
 
     @property
     def num_neurons(self) -> int:
@@ -158,7 +163,7 @@ def _unpickled(
     rounded: tuple[Rounded, ...],
 ) -> ArchSpec:
     treedef = jax.tree.structure(skeleton)
-    return ArchSpec(groups, leaves, treedef, pinned, max_pool=max_pool, rounded=rounded)
+    return ArchSpec(groups, leaves, treedef, lambda: pinned, max_pool=max_pool, rounded=rounded)
 
 
 _SYMMETRIES: weakref.WeakValueDictionary[Any, ArchSpec] = weakref.WeakValueDictionary()

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -46,12 +46,12 @@ class Inferred(NamedTuple):
 
     Attributes:
       groups: the neuron groups.
-      pinned: what else may not be rescaled, and why.
+      explain: says what else may not be rescaled, and why.
       rounded: where what neurons scale is rounded to a lower precision.
     """
 
     groups: tuple[NeuronGroup, ...]
-    pinned: tuple[Pinned, ...]
+    explain: Callable[[], tuple[Pinned, ...]]
     rounded: tuple[Rounded, ...]
 
 
@@ -78,7 +78,7 @@ def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
             factors[leaf] = {s for s in sets if not any(set(s) < set(other) for other in sets)}
     reading = _Reading(analysis, leaves)
     groups = reading.groups()
-    return Inferred(groups, tuple(reading.pinned()), tuple(reading.rounded()))
+    return Inferred(groups, lambda: tuple(reading.pinned()), tuple(reading.rounded()))
 
 
 def _separate_axes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:

@@ -53,12 +53,12 @@ def infer_spec(
         )
     graph = trace(apply_fn, params, *inputs)
     _check_used(apply_fn, graph, leaves, jax.tree.leaves(params))
-    found, pinned, rounded = infer(graph, leaves) if groups is None else (groups, (), ())
+    found, explain, rounded = infer(graph, leaves) if groups is None else (groups, tuple, ())
     shapes = jax.tree.map(_shape_of, tuple(inputs))
     states = [k for k, leaf in enumerate(leaves) if not leaf.trainable]
     program = _one_example(apply_fn, params, shapes, graph, states)
     spec = ArchSpec(
-        cast(tuple, found), leaves, treedef, pinned, program, max_pool, apply_fn, shapes, rounded
+        cast(tuple, found), leaves, treedef, explain, program, max_pool, apply_fn, shapes, rounded
     )
     return Traced(spec, graph)
 

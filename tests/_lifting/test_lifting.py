@@ -593,6 +593,49 @@ def test_slopes_that_another_signal_chooses_are_no_activation(activation):
 @pytest.mark.parametrize(
     "activation",
     [
+        lambda h, a, b: h * jnp.where(h > 0, a, b),
+        lambda h, a, b: h * jnp.where(h > 0, a, 0.0),
+        lambda h, a, b: jnp.where(h > 0, a * h, b * h),
+    ],
+)
+def test_slopes_that_are_all_parameters_are_weights_of_paths(activation):
+    """They are rescaled with the weights behind them, and no path norm without them stays."""
+    params = {"w": jnp.ones((2, 3)), "a": jnp.ones((1, 3)), "b": jnp.ones((1, 3))}
+    params["v"] = jnp.ones((3, 1))
+
+    def apply_fn(params, x):
+        return activation(x @ params["w"], params["a"], params["b"]) @ params["v"]
+
+    spec = pathcond.trace_spec(apply_fn, params, jnp.ones((1, 2)))
+    assert spec.num_neurons == 6
+    with pytest.raises(pathcond.NotPathLiftableError, match="chooses by the input between"):
+        pathcond.path_norm(params, spec)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        lambda h, a, b: jnp.maximum(a * h, b * h),
+        lambda h, a, b: jnp.maximum(h, b * h),
+    ],
+)
+def test_a_maximum_of_multiples_keeps_its_path_norm(activation):
+    params = {"w": jnp.ones((2, 3)), "a": jnp.ones((1, 3)), "b": jnp.ones((1, 3))}
+    params["v"] = jnp.ones((3, 1))
+
+    def apply_fn(params, x):
+        return activation(x @ params["w"], params["a"], params["b"]) @ params["v"]
+
+    spec = pathcond.trace_spec(apply_fn, params, jnp.ones((1, 2)))
+    scales = tuple(jnp.arange(1.0, group.size + 1) for group in spec.groups)
+    moved = pathcond.rescale(params, spec, scales)
+    before, after = (pathcond.path_norm(tree, spec, log=True) for tree in (params, moved))
+    np.testing.assert_allclose(after, before, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
         lambda h, a: jnp.where(h > 0, 5 * h, h),
         lambda h, a: h * jnp.where(h > 0, 5.0, 1.0),
         lambda h, a: h * (a > 0).astype(h.dtype),
