@@ -6,6 +6,7 @@ operation without a rule, or with a parameter that its rule does not know, fixes
 it reads, which is always sound.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,21 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._program import kinds
+from pathcond_jax._program.primitives import find
 from pathcond_jax._symmetry import structural_rules
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.values import (
+    MAX_JOINT,
     RULES,
     Scale,
     ScaleRule,
     Scope,
     Terms,
-    connected,
     expand,
     has_wild,
+    is_wild,
     mapped,
     pin,
     powered,
+    varies,
 )
+
+# Products of more factors are followed only where all have one scale.
+_MAX_FACTORS = 16
 
 rule = RULES.rule
 
@@ -71,8 +78,7 @@ def _sum(scope: Scope, *scales: Scale) -> list[Terms]:
         if epsilon and not has_wild(scales[other].terms):
             terms = expand(scales[other], len(scope.out_shape()))
             because = scope.because("with a constant fixes the scale", epsilon=epsilon)
-            for group in connected(terms):
-                scope.require(group, because)
+            scope.analysis.vanish(terms, because)
             return [terms]
     return [_alike(scope, scales)]
 
@@ -141,7 +147,20 @@ def _pow(scope: Scope, base: Scale, exponent: Scale) -> list[Terms]:
 
 @rule("select_n")
 def _select(scope: Scope, which: Scale, *cases: Scale) -> list[Terms]:
-    return [scope.equate(cases, len(scope.out_shape()), "selects between values of several scales")]
+    mask, shape = scope.constant(0), scope.out_shape()
+    if mask is not None and _meets_zeros(mask, cases) and math.prod(shape) <= MAX_JOINT:
+        # What a known mask leaves of a diagonal or block has the scales of these entries only.
+        chosen = np.broadcast_to(np.asarray(mask, np.int64), shape)
+        arrays = [np.broadcast_to(scope.single(case, len(shape)), shape) for case in cases]
+        return [(Term(1.0, structural_rules.narrowed(np.choose(chosen, arrays))),)]
+    return [scope.equate(cases, len(shape), "selects between values of several scales")]
+
+
+def _meets_zeros(mask: np.ndarray, cases: Sequence[Scale]) -> bool:
+    """Whether a mask puts zeros into a value along axes on which its scale varies."""
+    masked = [axis for axis, n in enumerate(mask.shape) if n > 1]
+    rest = [case.terms for case in cases if not is_wild(case.terms)]
+    return len(rest) < len(cases) and any(varies(terms, masked) for terms in rest)
 
 
 @rule("clamp")
@@ -153,6 +172,29 @@ def _clamp(scope: Scope, low: Scale, value: Scale, high: Scale) -> list[Terms]:
 def _reduce(scope: Scope, scale: Scale) -> list[Terms]:
     axes = scope.params["axes"]
     return [mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(tuple(axes)))]
+
+
+@rule("reduce_prod", reads=("axes",))
+def _reduce_product(scope: Scope, scale: Scale) -> list[Terms]:
+    """The scales of all factors add up; where they agree, they are one to a power."""
+    axes, shape = tuple(scope.params["axes"]), scope.shape(0)
+    if has_wild(scale.terms):
+        return pin(scope, scale)
+    count = math.prod(shape[axis] for axis in axes)
+    if count > _MAX_FACTORS:
+        kept = scope.along(scale.terms, axes)
+        return [powered(mapped(kept, lambda x: x.squeeze(axes)), float(count))]
+    found: list[Term] = []
+    for place in np.ndindex(*(shape[axis] for axis in axes)):
+
+        def factor(labels: np.ndarray, place: tuple[int, ...] = place) -> np.ndarray:
+            where = [slice(None)] * labels.ndim
+            for axis, at in zip(axes, place, strict=True):
+                where[axis] = slice(at, at + 1) if labels.shape[axis] > 1 else slice(None)
+            return labels[tuple(where)].squeeze(axes)
+
+        found += mapped(scale.terms, factor)
+    return [tuple(found)]
 
 
 @rule("argmax", "argmin", reads=("axes", "index_dtype"))
@@ -192,10 +234,12 @@ def _fourier(scope: Scope, scale: Scale) -> list[Terms]:
 )
 def _window(scope: Scope, scale: Scale) -> list[Terms]:
     axes = [a for a, n in enumerate(scope.params["window_dimensions"]) if n > 1]
-    other = ("window_strides", "base_dilation", "window_dilation")
-    moved = [a for a in range(len(scope.shape(0))) if any(scope.params[k][a] != 1 for k in other)]
+    dilated = [a for a, n in enumerate(scope.params["base_dilation"]) if n > 1]
     padded = [a for a, pad in enumerate(scope.params["padding"]) if any(pad)]
-    return [scope.along(scale.terms, {*axes, *moved, *padded})]
+    # Along the other axes, windows of one entry: those that the strides meet.
+    met = tuple(slice(None, None, stride) for stride in scope.params["window_strides"])
+    kept = scope.along(scale.terms, {*axes, *dilated, *padded})
+    return [mapped(kept, lambda labels: labels[met])]
 
 
 def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:
@@ -287,5 +331,5 @@ def _cond(scope: Scope, which: Scale, *operands: Scale) -> list[Terms]:
 
 RULES.no_rule("no power of a positive scale comes out of it", *kinds.ELEMENTWISE)
 for _reason, _names in kinds.OPAQUE.items():
-    RULES.no_rule(_reason, *_names)
+    RULES.no_rule(_reason, *(name for name in _names if find(name) not in RULES))
 RULES.no_rule("other scales may choose other entries", "approx_top_k")

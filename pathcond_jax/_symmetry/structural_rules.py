@@ -245,17 +245,110 @@ def dynamic_slice(scope: Scope, scale: Scale, *starts: Scale) -> list[Terms]:
 @rule("dynamic_update_slice")
 def dynamic_update_slice(scope: Scope, scale: Scale, update: Scale, *starts: Scale) -> list[Terms]:
     """Part of a value overwritten."""
-    full = scope.shape(0)
-    cut = [a for a, n in enumerate(scope.shape(1)) if n < full[a]]
+    full, part = scope.shape(0), scope.shape(1)
+    cut = [a for a, n in enumerate(part) if n < full[a]]
+    known = [scope.constant(k) for k in range(2, 2 + len(full))]
+    if cut and all(known[a] is not None for a in cut) and math.prod(full) <= MAX_JOINT:
+        begin = [int(x) if x is not None else 0 for x in known]
+        begin = [min(max(x, 0), n - m) for x, n, m in zip(begin, full, part, strict=True)]
+        where = tuple(slice(x, x + m) for x, m in zip(begin, part, strict=True))
+        return [_put(scope, scale, update, np.arange(math.prod(full)).reshape(full)[where])]
     parts = [Scale(scope.along(s.terms, cut), s.signal) for s in (scale, update)]
     return [scope.equate(parts, len(full), "overwrites values of another scale")]
 
 
+def _put(scope: Scope, scale: Scale, update: Scale, places: np.ndarray) -> Terms:
+    """Scales written at known places, those of the update; none where a place is below 0."""
+    full = scope.shape(0)
+    labels = np.array(np.broadcast_to(scope.single(scale, len(full)), full)).reshape(-1)
+    written = places >= 0
+    new = np.broadcast_to(scope.single(update, places.ndim), places.shape)
+    labels[places[written]] = new[written]
+    return (Term(1.0, narrowed(labels.reshape(full))),)
+
+
+def narrowed(labels: np.ndarray) -> np.ndarray:
+    """Labels of size 1 along the axes on which all are equal."""
+    for axis in range(labels.ndim):
+        head = np.take(labels, [0], axis) if labels.shape[axis] else labels
+        if (labels == head).all():
+            labels = head
+    return labels
+
+
+def _places(scope: Scope) -> np.ndarray | None:
+    """Where a scatter puts each entry of its update, -1 for nowhere; None if that is not known."""
+    indices, shape, full = scope.constant(1), scope.shape(2), scope.shape(0)
+    if indices is None or math.prod(full) > MAX_JOINT:
+        return None
+    numbers = scope.params["dimension_numbers"]
+    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
+    hidden = (*numbers.inserted_window_dims, *batching)
+    windows = iter(numbers.update_window_dims)
+    sizes = tuple(1 if a in hidden else shape[next(windows)] for a in range(len(full)))
+    taken = jax.lax.GatherDimensionNumbers(
+        offset_dims=numbers.update_window_dims,
+        collapsed_slice_dims=numbers.inserted_window_dims,
+        start_index_map=numbers.scatter_dims_to_operand_dims,
+        operand_batching_dims=batching,
+        start_indices_batching_dims=tuple(getattr(numbers, "scatter_indices_batching_dims", ())),
+    )
+    modes = jax.lax.GatherScatterMode
+    clips = scope.params["mode"] == modes.CLIP
+    with jax.ensure_compile_time_eval():
+        positions = jnp.arange(math.prod(full), dtype=np.int32).reshape(full)
+        mode = modes.CLIP if clips else modes.FILL_OR_DROP
+        found = jax.lax.gather(
+            positions, jnp.asarray(indices), taken, sizes, mode=mode, fill_value=-1
+        )
+    places = np.asarray(found).astype(np.int64)
+    promised = scope.params["mode"] == modes.PROMISE_IN_BOUNDS and (places < 0).any()
+    return None if promised else places
+
+
+def _are_distinct(places: np.ndarray) -> bool:
+    met = places[places >= 0]
+    return len(np.unique(met)) == met.size
+
+
 @rule("scatter", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": None})
+def overwrite(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[Terms]:
+    """Values written at positions."""
+    places = _places(scope)
+    if places is None or not _are_distinct(places):
+        return scatter(scope, scale, indices, update)
+    return [_put(scope, scale, update, places)]
+
+
+@rule("scatter-mul", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("mul")})
+def multiply_at(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[Terms]:
+    """Factors at positions: known ones, each met once, or factors of the scale 1."""
+    places = _places(scope)
+    if places is None or not _are_distinct(places):
+        scope.pin(update)
+        return [scale.terms]
+    return [(*scale.terms, *_put(scope, Scale(), update, places))]
+
+
 @rule("scatter-add", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("add")})
 @rule("scatter-sub", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("sub")})
 @rule("scatter-max", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("max")})
 @rule("scatter-min", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("min")})
+def combine_at(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[Terms]:
+    """Values added or compared at positions: where they meet, they have one scale."""
+    places = _places(scope)
+    if places is None:
+        return scatter(scope, scale, indices, update)
+    full, met = scope.shape(0), places[places >= 0]
+    labels = np.array(np.broadcast_to(scope.single(scale, len(full)), full)).reshape(-1)
+    new = np.broadcast_to(scope.single(update, places.ndim), places.shape)[places >= 0]
+    # Where nothing stood, what comes has its own scale; of several, one that is no zero.
+    filled = (labels[met] == WILD) & (new != WILD)
+    labels[met[filled]] = new[filled]
+    scope.require([Term(1.0, labels[met]), Term(-1.0, new)], "joins values of another scale")
+    return [(Term(1.0, narrowed(labels.reshape(full))),)]
+
+
 def scatter(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[Terms]:
     """Values written or added at positions that depend on values."""
     numbers, full = scope.params["dimension_numbers"], scope.shape(0)

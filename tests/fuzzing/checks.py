@@ -507,8 +507,19 @@ def _reduced_rows(rows):
 
 
 def _keeps_outputs(subject, rng, direction, live):
-    params, x, n = subject.program.draw(rng, 6)
-    logs = np.zeros((6, len(subject.directions)))
-    logs[:, live] = np.outer([-1, -0.3, 0.1, 0.5, 1, 1.7], direction)
+    """Whether outputs stay at usual parameters, and at small and large ones.
+
+    A bound that no usual value meets, or a constant that outweighs all else, would count as a
+    symmetry although it holds for some parameters only.
+    """
+    sizes = np.repeat([1.0, 0.03, 30.0], 6)
+    params, x, n = subject.program.draw(rng, len(sizes))
+    logs = np.zeros((len(sizes), len(subject.directions)))
+    logs[:, live] = np.outer(np.tile([-1, -0.3, 0.1, 0.5, 1, 1.7], 3), direction)
+    params = {
+        name: value * (sizes ** rng.choice([0, 1], len(sizes))).reshape(-1, *[1] * (value.ndim - 1))
+        for name, value in params.items()
+    }
+    x = x * sizes.reshape(-1, *[1] * (x.ndim - 1))
     before = subject.outputs(params, x, n)
     return _change(before, subject.outputs(subject.moved(params, logs), x, n)) < 1e-6
