@@ -70,8 +70,8 @@ def gated(node: Node, inputs: list[Value]) -> Value:
 def _common_base(signals: Sequence[Signal]) -> Signal | None:
     """The signal of which all are multiples: the argument of a LeakyReLU or PReLU.
 
-    One of them must be the signal itself, up to a constant. Where a parameter multiplies each, as in
-    ``where(x > 0, a * x, b * x)``, these are weights of paths and no slopes.
+    One of them must be the signal itself, up to a constant. Where a parameter multiplies each, as
+    in ``where(x > 0, a * x, b * x)``, these are weights of paths and no slopes.
     """
     chains = [(signal, *signal.multiple_of) for signal in signals]
     base = next((b for b in chains[0] if all(b in chain for chain in chains[1:])), None)
@@ -114,7 +114,7 @@ def _select(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value
         return [side_by_side(lifting, call(_chosen), cases, (which.raw,))]
     base = which.base if isinstance(which, Gate) else None
     if coefficients is not None:
-        # A slope, as in x · where(x > 0, 1, a); a parameter on every side of 0 is a weight of paths.
+        # A slope, as in x · where(x > 0, 1, a). Parameters on both sides are weights of paths.
         if all(case.trainable or is_zero(case) for case in coefficients):
             raise unliftable(node, "chooses by the input between parameters alone")
         return [Gate(True, base, not _is_on_or_off(coefficients))]
