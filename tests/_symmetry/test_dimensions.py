@@ -43,7 +43,9 @@ def dimension(apply_fn, shapes, input_shape):
 
 def traced(apply_fn, shapes, input_shape):
     params = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in shapes.items()}
-    return pathcond.trace_spec(apply_fn, params, jax.ShapeDtypeStruct(input_shape, np.float64))
+    # The dimension is the check.
+    x = jax.ShapeDtypeStruct(input_shape, np.float64)
+    return pathcond.trace_spec(apply_fn, params, x, check=False)
 
 
 # --- scales exchanged along whole axes ------------------------------------------------------------
