@@ -47,6 +47,10 @@ class Scan(NamedTuple):
         """Values of the operation's outputs, or of its body's, as carry and stacked slices."""
         return list(values[: self.num_carry]), list(values[self.num_carry :])
 
+    def passes(self, k: int) -> bool:
+        """Whether carry ``k`` leaves every step as it came."""
+        return self.body.outputs[k] == self.body.inputs[self.num_consts + k]
+
 
 class While(NamedTuple):
     """A ``while``: how its inputs are divided.
@@ -93,6 +97,19 @@ def read_while(node: Node) -> While:
     num_carry = len(node.outputs)
     num_condition, num_body = (len(part.inputs) - num_carry for part in (condition, body))
     return While(condition, body, num_condition, num_body)
+
+
+def stacked_axes(graph: Graph) -> dict[int, int]:
+    """Per input of a program, over how many of its first axes nested scans run."""
+    found = dict.fromkeys(graph.inputs, 0)
+    for node in graph.nodes:
+        for body in (body for body in node.bodies if len(body.inputs) == len(node.inputs)):
+            inside = stacked_axes(body)
+            for outer, inner in zip(node.inputs, body.inputs, strict=True):
+                less = len(graph.avals[outer].shape) - len(body.avals[inner].shape)
+                if outer in found:
+                    found[outer] = max(found[outer], less + inside[inner])
+    return found
 
 
 def _count_stacked(outer: Avals, outside: Sequence[int], body: Graph, inside: Sequence[int]) -> int:

@@ -33,12 +33,24 @@ class Term(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LabelBlock:
-    """Labels created together: for axes of a leaf, or by an operation (``leaf`` is None)."""
+    """Labels created together: for axes of a leaf, or by an operation (``leaf`` is None).
+
+    Those of an operation that is repeated, at ``repeats`` steps of a loop, lie side by side.
+    """
 
     start: int
     leaf: int | None
     axes: tuple[int, ...]
     shape: tuple[int, ...]
+    repeats: int = 1
+
+
+class Rows(NamedTuple):
+    """Equations of one form: Σ ``coefficients · z[row]`` = 0 for each row of ``labels``."""
+
+    coefficients: np.ndarray
+    labels: np.ndarray
+    origin: int
 
 
 class Solved(NamedTuple):
@@ -74,16 +86,20 @@ class Equations:
         self.blocks: list[LabelBlock] = []
         self.count = 1
         self._starts: list[int] = []
-        self._rows: list[tuple[np.ndarray, np.ndarray, int]] = []
+        self._rows: list[Rows] = []
 
     def new(
-        self, shape: tuple[int, ...], leaf: int | None = None, axes: tuple[int, ...] = ()
+        self,
+        shape: tuple[int, ...],
+        leaf: int | None = None,
+        axes: tuple[int, ...] = (),
+        repeats: int = 1,
     ) -> np.ndarray:
         """A new array of labels."""
         size = int(np.prod(shape, dtype=np.int64))
         labels = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self._starts.append(self.count)
-        self.blocks.append(LabelBlock(self.count, leaf, axes, tuple(shape)))
+        self.blocks.append(LabelBlock(self.count, leaf, axes, tuple(shape), repeats))
         self.count += size
         return labels
 
@@ -95,6 +111,22 @@ class Equations:
         """Takes back the labels and equations that came after ``mark``."""
         blocks, self.count, rows = mark
         del self.blocks[blocks:], self._starts[blocks:], self._rows[rows:]
+
+    def take(self, mark: tuple[int, int, int]) -> tuple[list[LabelBlock], list[Rows]]:
+        """Forgets the labels and equations that came after ``mark``, and returns them."""
+        taken = self.blocks[mark[0] :], self._rows[mark[2] :]
+        self.forget(mark)
+        return taken
+
+    def extend(self, rows: Rows) -> None:
+        """Adds equations as they are."""
+        self._rows.append(rows)
+
+    def leaf_numbers(self, labels: np.ndarray) -> np.ndarray:
+        """Per label, the number of its block if that is a leaf's, or -1."""
+        numbers = np.searchsorted(self._starts, labels, side="right") - 1
+        is_leaf = np.array([block.leaf is not None for block in self.blocks], bool)
+        return np.where((labels > 0) & is_leaf[numbers], numbers, -1)
 
     def block_numbers(self, labels: np.ndarray) -> list[int]:
         """The distinct blocks that an array's labels belong to."""
@@ -123,7 +155,7 @@ class Equations:
         labels = labels[(labels != WILD).all(axis=1)]
         if len(labels) > _MANY_ROWS:
             labels = np.unique(labels, axis=0)
-        self._rows.append((np.array([t.coefficient for t in terms]), labels, origin))
+        self._rows.append(Rows(np.array([t.coefficient for t in terms]), labels, origin))
 
     def solve(self, without: Collection[int] = ()) -> Solved:
         """All solutions, as a table over free labels; without the equations of some origins."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from pathcond_jax._program.control_flow import stacked_axes
 from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.trees import layer_path
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, Rounded
@@ -27,7 +28,7 @@ from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, Round
 from pathcond_jax._symmetry import loops, rules, structural_rules  # noqa: F401
 from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, null_space
 from pathcond_jax._symmetry.invariance import one_sided_slices
-from pathcond_jax._symmetry.values import Analysis, Reason, Scale
+from pathcond_jax._symmetry.values import MAX_JOINT, Analysis, Reason, Scale
 
 _MAX_PASSES = 8
 # Powers of a scale are simple if the quotients of any two have denominators up to this.
@@ -63,7 +64,8 @@ def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
       leaves: the leaves of the parameter tree.
     """
     shapes = {k: leaf.shape for k, leaf in enumerate(leaves) if leaf.trainable or leaf.state}
-    factors = {k: _separate_axes(shape) for k, shape in shapes.items()}
+    stacked = stacked_axes(graph)
+    factors = {k: _separate_axes(s, stacked[graph.inputs[k]]) for k, s in shapes.items()}
     for _ in range(_MAX_PASSES):
         analysis = Analysis(shapes, factors)
         arguments = [analysis.leaf(k) if k in shapes else Scale() for k in range(len(leaves))]
@@ -81,9 +83,14 @@ def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
     return Inferred(groups, lambda: tuple(reading.pinned()), tuple(reading.rounded()))
 
 
-def _separate_axes(shape: tuple[int, ...]) -> set[tuple[int, ...]]:
-    wide: set[tuple[int, ...]] = {(a,) for a, n in enumerate(shape) if n > 1}
-    return wide or {(len(shape) - 1,) if shape else ()}
+def _separate_axes(shape: tuple[int, ...], stacked: int) -> set[tuple[int, ...]]:
+    """Each axis of a leaf alone, but with the first ones where loops run over these."""
+    wide = [a for a, n in enumerate(shape) if n > 1]
+    steps = tuple(a for a in wide if a < stacked)
+    joint = [(*steps, a) for a in wide if a >= stacked] or [steps]
+    if math.prod(shape[a] for a in steps) * max(shape[stacked:], default=1) > MAX_JOINT:
+        joint = [(a,) for a in wide]
+    return {axes for axes in joint if axes} or {(len(shape) - 1,) if shape else ()}
 
 
 class _Reading:
@@ -154,7 +161,9 @@ class _Reading:
                         at = _reference(self.blocks[k], self.blocks[other])
                         total = total + self.effects[other][at]
                 rows.append(total)
-        sizes = np.array([math.prod(block.shape) for block in self.analysis.equations.blocks])
+        sizes = np.array(
+            [math.prod(block.shape) // block.repeats for block in self.analysis.equations.blocks]
+        )
         made = np.array([block.leaf is None for block in self.analysis.equations.blocks])
         order = np.lexsort((sizes[self.creator], made[self.creator]))
         rank = np.empty_like(order)
@@ -175,7 +184,7 @@ class _Reading:
             path = self.leaves[_leaf_of(block)].path
             for (group_number, entry), found in _incidences(effect, group_of, index_of).items():
                 sides.setdefault((group_number, entry > 0), []).extend(
-                    Incidence(path, block.axes, index.reshape(block.shape), abs(entry))
+                    _incidence(path, block.axes, index.reshape(block.shape), abs(entry))
                     for index in found
                 )
         names = _unique_names([sides[k, True][0] for k in range(len(sizes))])
@@ -365,6 +374,14 @@ def _incidences(
             found.setdefault(key, []).append(index)
             here = np.delete(here, first)
     return found
+
+
+def _incidence(path: str, axes: tuple[int, ...], index: np.ndarray, power: Any) -> Incidence:
+    """Where neurons meet a leaf, without the axes along which they are the same."""
+    for k in reversed(range(index.ndim)):
+        if index.ndim > 1 and (index == index.take([0], k)).all():
+            index, axes = index.take(0, k), axes[:k] + axes[k + 1 :]
+    return Incidence(path, axes, index, power)
 
 
 def _unique_names(firsts: Sequence[Incidence]) -> list[str]:

@@ -1,12 +1,12 @@
 """How positive scales pass through loops."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from pathcond_jax._program.control_flow import SCAN_PARAMETERS, Scan, read_scan, read_while
+from pathcond_jax._program.control_flow import SCAN_PARAMETERS, read_scan, read_while
 from pathcond_jax._symmetry.equations import Term
-from pathcond_jax._symmetry.structural_rules import stacked_terms
+from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, sliced, varying_axes
 from pathcond_jax._symmetry.values import (
     RULES,
     Scale,
@@ -15,19 +15,17 @@ from pathcond_jax._symmetry.values import (
     expand,
     mapped,
     pin,
-    support,
     varies,
 )
 
-# Scans whose steps have scales of their own are unrolled up to this many operations.
-_MAX_UNROLLED = 20_000
+_TOO_LARGE = "has too many steps of different scales to follow each"
 
 rule = RULES.rule
 
 
 @rule("scan", reads=SCAN_PARAMETERS)
 def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
-    """Unrolled where steps have scales of their own; else one step that maps to itself.
+    """Step by step where steps have scales of their own; else one step that maps to itself.
 
     A step that is the same as every other has a carry whose scales are the same before and after
     it. They are unknown at first: labels of their own, which the first carry must have (zeros have
@@ -39,53 +37,25 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     loop = read_scan(scope.node, scope.graph.avals)
     if loop.length == 0:
         return pin(scope, *scales)
-    consts, carry, stacked = loop.inputs(scales)
-    if loop.length * len(loop.body.nodes) > _MAX_UNROLLED:
-        stacked = [Scale(scope.along(x.terms, (0,)), x.signal) for x in stacked]
+    fixed, carry, stacked = loop.inputs(scales)
     for x in stacked:
         scope.index(x, (0,))
     signal = any(scale.signal for scale in scales)
     if any(varies(x.terms, (0,)) for x in stacked):
-        return _unrolled(scope, loop, consts, carry, stacked, signal)
-    slices = [_slice(x, 0) for x in stacked]
+        found = follow(Loop(scope, loop, fixed, carry, stacked, signal))
+        if found is not None:
+            return found
+        stacked = [Scale(scope.along(x.terms, (0,), _TOO_LARGE), x.signal) for x in stacked]
+    slices = [sliced(x, 0) for x in stacked]
 
     def step(entered: list[Scale]) -> list[Scale]:
-        return scope.analysis.run(loop.body, [*consts, *entered, *slices])
+        return scope.analysis.run(loop.body, [*fixed, *entered, *slices])
 
     results = _fixed_point(scope, step, carry, signal)
     kept, made = loop.outputs(results)
     ndims = [len(scope.out_shape(k)) - 1 for k in range(len(kept), len(results))]
     stacks = [mapped(expand(y, n), lambda x: x[None]) for y, n in zip(made, ndims, strict=True)]
     return [*(x.terms for x in kept), *stacks]
-
-
-def _unrolled(
-    scope: Scope,
-    loop: Scan,
-    consts: list[Scale],
-    carry: list[Scale],
-    stacked: list[Scale],
-    signal: bool,
-) -> list[Terms]:
-    outputs: dict[int, list[Scale]] = {}
-    for step in reversed(range(loop.length)) if loop.reverse else range(loop.length):
-        slices = [_slice(x, step) for x in stacked]
-        results = scope.analysis.run(loop.body, [*consts, *carry, *slices])
-        left, outputs[step] = loop.outputs(results)
-        carry = [Scale(x.terms, x.signal or signal) for x in left]
-    made = zip(*(outputs[step] for step in range(loop.length)), strict=True)
-    return [
-        *(x.terms for x in carry),
-        *(
-            stacked_terms(scope, each, len(scope.out_shape(k)), 0)
-            for k, each in enumerate(made, start=len(carry))
-        ),
-    ]
-
-
-def _slice(scale: Scale, step: int) -> Scale:
-    terms = mapped(scale.terms, lambda x: x[0 if x.shape[0] == 1 else step])
-    return Scale(terms, scale.signal, scale.cause)
 
 
 @rule("while", reads=("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts"))
@@ -130,7 +100,7 @@ def _fixed_point(
         for number in scope.node.outputs[: len(carry)]
     ]
     axes = [
-        _varying(x.terms) if has_scale else None
+        varying_axes(x.terms) if has_scale else None
         for x, has_scale in zip(carry, inexact, strict=True)
     ]
     while True:
@@ -141,17 +111,16 @@ def _fixed_point(
         ]
         results = step(entered)
         found = [
-            None if varying is None else varying | _varying(x.terms)
+            None if varying is None else varying | varying_axes(x.terms)
             for x, varying in zip(results, axes, strict=False)
         ]
         if found == axes:
             break
         analysis.forget(before)
         axes = found
-    because = "carries a value that another step leaves with another scale"
     for first, held, last, shape in zip(carry, entered, results, shapes, strict=False):
-        scope.equate((first, held), len(shape), because)
-        scope.equate((last, held), len(shape), because)
+        scope.equate((first, held), len(shape), CARRIED)
+        scope.equate((last, held), len(shape), CARRIED)
     return [*(Scale(x.terms, True) if signal else x for x in entered), *results[len(carry) :]]
 
 
@@ -160,7 +129,3 @@ def _labels(scope: Scope, shape: tuple[int, ...], varying: frozenset[int] | None
     if varying is None:
         return ()
     return (Term(1.0, scope.new(tuple(n if a in varying else 1 for a, n in enumerate(shape)))),)
-
-
-def _varying(terms: Iterable[Term]) -> frozenset[int]:
-    return frozenset().union(*map(support, terms))

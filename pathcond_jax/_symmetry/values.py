@@ -232,6 +232,10 @@ class Scope:
         """New labels, unknown log-scales."""
         return self.analysis.equations.new(shape)
 
+    def repeated(self, shape: tuple[int, ...], count: int, repeats: int = 1) -> np.ndarray:
+        """New labels of ``count`` steps, what is one of ``repeats`` in each, on a first axis."""
+        return self.analysis.equations.new((count, *shape), repeats=count * repeats)
+
     def pin(self, *scales: Scale, because: str = "does not let a scale pass") -> None:
         """Demands that values keep their scale."""
         for scale in scales:
@@ -263,12 +267,13 @@ class Scope:
 
     def index(self, scale: Scale, axes: Iterable[int]) -> None:
         """Single slices of a parameter are taken along ``axes``: each has scales of its own."""
-        axes = set(axes)
-        for term in scale.terms if axes and not scale.signal else ():
-            if axes & support(term):
-                for other in scale.terms:
-                    if not axes & support(other):
-                        self.ask_to_join((term, other))
+        axes = frozenset(axes)
+        cut = [term for term in scale.terms if axes & support(term) and not scale.signal]
+        for other in scale.terms if cut else ():
+            if not axes & support(other):
+                near = [term for term in cut if support(term) <= support(other) | axes]
+                for term in near or cut:
+                    self.ask_to_join((term, other))
 
     def fresh(self, group: Sequence[Term]) -> Term:
         """A new label array equal to the sum of ``group``."""
@@ -483,6 +488,14 @@ def has_wild(terms: Iterable[Term]) -> bool:
 
 def _is_wild_somewhere(terms: Iterable[Term]) -> np.ndarray:
     return functools.reduce(np.logical_or, (term.labels == WILD for term in terms))
+
+
+def zero_places(terms: Iterable[Term], ndim: int) -> np.ndarray:
+    """Where a value of rank ``ndim`` is known to be zero, with size 1 where that is everywhere."""
+    zero = np.zeros((1,) * ndim, bool)
+    for labels in (term.labels for term in terms):
+        zero = zero | (labels == WILD).reshape(labels.shape or (1,) * ndim)
+    return zero.any(keepdims=True) if zero.all() or not zero.any() else zero
 
 
 def expand(scale: Scale, ndim: int) -> Terms:
