@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import numpy as np
 
 from pathcond_jax._spec.explanation import explained, rounded_at, shortened
 from pathcond_jax._spec.types import Leaf, NeuronGroup, Pinned, PyTree, Rounded, SpecError, listed
@@ -221,12 +222,22 @@ def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
                 raise SpecError(f"{where}: index outside -1..{group.size - 1}")
 
 
+def _size(group: NeuronGroup) -> str:
+    """The number of neurons, as a product where they lie so in a parameter: layers × width."""
+    shapes = [
+        incidence.index.shape
+        for incidence in (*group.incoming, *group.outgoing)
+        if np.array_equal(incidence.index.reshape(-1), np.arange(group.size))
+    ]
+    return " × ".join(map(str, min(shapes, key=len, default=(group.size,))))
+
+
 def _table(spec: ArchSpec) -> str:
     head = ("group", "size", "incoming [axis]", "outgoing [axis]")
     rows = [
         (
             group.name,
-            str(group.size),
+            _size(group),
             shortened(map(str, group.incoming)),
             shortened(map(str, group.outgoing)),
         )
