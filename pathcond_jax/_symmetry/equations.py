@@ -10,7 +10,7 @@ is eliminated row by row, many independent rows at a time, and the components ar
 
 import bisect
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,11 +145,10 @@ class Equations:
         if not terms:
             return
         shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
-        if np.prod(shape, dtype=np.float64) > _MAX_ROWS:
-            # Too many to write down: each term vanishing is a sound, stronger demand.
+        if len(terms) > 1 and too_many(terms):
+            # Each term vanishing is a sound, stronger demand.
             for term in terms:
-                if len(terms) > 1:
-                    self.require([term], origin)
+                self.require([term], origin)
             return
         labels = np.stack([np.broadcast_to(t.labels, shape).reshape(-1) for t in terms], axis=1)
         labels = labels[(labels != WILD).all(axis=1)]
@@ -185,6 +184,12 @@ class Equations:
         keep = cols > 0
         shape = (sum(counts), self.count)
         return sparse.csr_matrix((data[keep], (rows[keep], cols[keep])), shape), origins
+
+
+def too_many(terms: Iterable[Term]) -> bool:
+    """Whether there are more equations Σ terms = 0 than are written down."""
+    shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
+    return bool(np.prod(shape, dtype=np.float64) > _MAX_ROWS)
 
 
 def cancel(terms: list[Term]) -> list[Term]:

@@ -225,6 +225,9 @@ class _Reading:
         reason = reasons.most_common(1)[0][0]
         count = math.prod(block.shape)
         part = f" ({len(still)} of {count} slices)" if len(still) < count else ""
+        refused = [axes for k, axes in self.analysis.refused if k == block.leaf and axis in axes]
+        if refused:
+            part += f"; its entries along axes {refused[0]} are too many to be followed one by one"
         node = reason.node
         operation, source = (node.operation, node.source) if node is not None else ("", "")
         return Pinned(leaf.path, axis, operation, source, reason.text + part, reason.summed)
@@ -385,9 +388,17 @@ def _incidence(path: str, axes: tuple[int, ...], index: np.ndarray, power: Any) 
 
 
 def _unique_names(firsts: Sequence[Incidence]) -> list[str]:
-    """The layer of each group's first parameter, and its number in a stack of layers."""
+    """The layer of each group's first parameter, and its number in a stack of layers.
+
+    Where a layer holds the first parameters of several groups, these parameters.
+    """
     names, seen = [], Counter[str]()
+    shared = Counter(map(_layer_name, dict.fromkeys(first.path for first in firsts)))
     layers = [_layer_name(first.path) for first in firsts]
+    layers = [
+        layer if shared[layer] == 1 else first.path.removeprefix("params/")
+        for layer, first in zip(layers, firsts, strict=True)
+    ]
     count = Counter(layers)
     for layer, first in zip(layers, firsts, strict=True):
         slices = np.unique(np.nonzero(np.atleast_1d(first.index) >= 0)[0])

@@ -24,10 +24,11 @@ import numpy as np
 from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax._program.primitives import RuleTable
-from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel
+from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel, too_many
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
 MAX_JOINT = 1 << 20
+_TOO_MANY = "relates the scales of more entries than are followed one by one"
 
 Terms = tuple[Term, ...]
 
@@ -86,6 +87,7 @@ class Analysis:
         self.leaf_shapes = leaf_shapes
         self.factors = factors
         self.requests: list[tuple[int, tuple[int, ...]]] = []
+        self.refused: list[tuple[int, tuple[int, ...]]] = []
         self.moved: set[tuple[int, tuple[int, ...]]] = set()
         self.rounded: list[tuple[Node, Any, np.ndarray]] = []
         self._constants: dict[tuple[int, int], Scale] = {}
@@ -225,8 +227,12 @@ class Scope:
 
     def require(self, terms: Iterable[Term], because: int | str) -> None:
         """Demands Σ terms = 0."""
+        terms = list(terms)
+        if len(terms) > 1 and too_many(terms):
+            terms = cancel(terms)
+            because = _TOO_MANY if len(terms) > 1 and too_many(terms) else because
         origin = self.because(because) if isinstance(because, str) else because
-        self.analysis.equations.require(list(terms), origin)
+        self.analysis.equations.require(terms, origin)
 
     def new(self, shape: tuple[int, ...]) -> np.ndarray:
         """New labels, unknown log-scales."""
@@ -261,9 +267,10 @@ class Scope:
                 axes.setdefault(leaf, []).append(block_axes)
         for leaf, sets in axes.items():
             joint = tuple(sorted(set().union(*sets)))
-            size = math.prod(self.analysis.leaf_shapes[leaf][a] for a in joint)
-            if len(sets) > 1 and not any(set(joint) <= set(s) for s in sets) and size <= MAX_JOINT:
-                self.analysis.requests.append((leaf, joint))
+            if len(sets) > 1 and not any(set(joint) <= set(s) for s in sets):
+                size = math.prod(self.analysis.leaf_shapes[leaf][a] for a in joint)
+                asked = self.analysis.requests if size <= MAX_JOINT else self.analysis.refused
+                asked.append((leaf, joint))
 
     def index(self, scale: Scale, axes: Iterable[int]) -> None:
         """Single slices of a parameter are taken along ``axes``: each has scales of its own."""
