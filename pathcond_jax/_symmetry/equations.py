@@ -153,7 +153,8 @@ class Equations:
         labels = np.stack([np.broadcast_to(t.labels, shape).reshape(-1) for t in terms], axis=1)
         labels = labels[(labels != WILD).all(axis=1)]
         if len(labels) > _MANY_ROWS:
-            labels = np.unique(labels, axis=0)
+            # NumPy compares numbers much faster than rows of one.
+            labels = np.unique(labels, axis=0 if len(terms) > 1 else None).reshape(-1, len(terms))
         self._rows.append(Rows(np.array([t.coefficient for t in terms]), labels, origin))
 
     def solve(self, without: Collection[int] = ()) -> Solved:
