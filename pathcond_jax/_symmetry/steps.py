@@ -11,11 +11,12 @@ parameters. The carries are one chain of labels, from one step to the next.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pathcond_jax._program.control_flow import Scan
+from pathcond_jax._program.graph import Node
 from pathcond_jax._symmetry.equations import WILD, LabelBlock, Rows, Term
 from pathcond_jax._symmetry.structural_rules import stacked_terms
 from pathcond_jax._symmetry.values import (
@@ -93,6 +94,7 @@ class _Kind(NamedTuple):
       rows: the equations.
       zeros: per carry, where it is zero after the step.
       made: the scales of the slices that the step puts out.
+      rounded: where it rounds values, and their labels.
     """
 
     first: int
@@ -100,6 +102,7 @@ class _Kind(NamedTuple):
     rows: list[Rows]
     zeros: list[np.ndarray]
     made: list[Scale]
+    rounded: list[tuple[Node, Any, np.ndarray]]
 
 
 class _Walk(NamedTuple):
@@ -244,7 +247,7 @@ def _analysed(
 ) -> tuple[_Kind, list[Form]]:
     """What one step demands, taken back, and along which axes the carries vary after it."""
     scope, equations = loop.scope, loop.scope.analysis.equations
-    before = equations.mark()
+    before, rounded = equations.mark(), len(scope.analysis.rounded)
     carries = list(zip(forms, loop.shapes, strict=True))
     entered = [
         Scale(x.terms, x.signal or (loop.signal and not x.terms), x.cause)
@@ -267,7 +270,9 @@ def _analysed(
         zero_places(() if form is None else x.terms, len(shape))
         for x, (form, shape) in zip(left, carries, strict=True)
     ]
-    return _Kind(position, *equations.take(before), after, made), wider
+    places = scope.analysis.rounded[rounded:]
+    del scope.analysis.rounded[rounded:]
+    return _Kind(position, *equations.take(before), after, made, places), wider
 
 
 def _sizes(shape: tuple[int, ...], form: frozenset[int]) -> tuple[int, ...]:
@@ -301,6 +306,9 @@ def _repeated(loop: Loop, slices: _Slices, walk: _Walk) -> list[Terms]:
             scope.analysis.equations.extend(
                 rows._replace(labels=np.concatenate(copy.of(rows.labels)))
             )
+        scope.analysis.rounded += [
+            (node, dtype, copy.of(labels).reshape(-1)) for node, dtype, labels in kind.rounded
+        ]
     last = loop.order[-1] + 1
     return [
         *(
