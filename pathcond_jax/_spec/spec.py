@@ -224,12 +224,12 @@ def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
 
 def _size(group: NeuronGroup) -> str:
     """The number of neurons, as a product where they lie so in a parameter: layers × width."""
-    shapes = [
+    shapes: list[tuple[int, ...]] = [
         incidence.index.shape
         for incidence in (*group.incoming, *group.outgoing)
         if np.array_equal(incidence.index.reshape(-1), np.arange(group.size))
     ]
-    return " × ".join(map(str, min(shapes, key=len, default=(group.size,))))
+    return " × ".join(map(str, min(shapes, key=lambda shape: len(shape), default=(group.size,))))
 
 
 def _table(spec: ArchSpec) -> str:

@@ -141,7 +141,6 @@ class Equations:
 
     def require(self, terms: list[Term], origin: int) -> None:
         """Adds Σ terms = 0, elementwise after broadcasting; rows with a wild entry say nothing."""
-        terms = cancel(terms)
         if not terms:
             return
         shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
@@ -264,7 +263,7 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
             zero_origins = np.repeat(because[single], nonzero[single])
             left, right = current.indices[one[pair]], current.indices[two[pair]]
             opposite = current.data[one[pair]] * current.data[two[pair]] > 0
-            representative, sign, dead, why, ties = _components(
+            representative, sign, dead, why, ties = _classes(
                 count,
                 rank,
                 (zeros, zero_origins),
@@ -306,6 +305,30 @@ def _clean(matrix: Any) -> Any:
     matrix.data[abs(matrix.data) < 1e-9] = 0.0
     matrix.eliminate_zeros()
     return matrix
+
+
+def _classes(
+    count: int,
+    rank: np.ndarray,
+    zeros: tuple[np.ndarray, np.ndarray],
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``_components`` of the labels that equations speak of; the others are alone."""
+    (dead_at_once, zero_origins), (left, right, *about) = zeros, pairs
+    involved = np.zeros(count, bool)
+    for labels in (dead_at_once, left, right):
+        involved[labels] = True
+    labels, place = np.flatnonzero(involved), np.cumsum(involved) - 1
+    found = _components(
+        len(labels),
+        rank[labels],
+        (place[dead_at_once], zero_origins),
+        (place[left], place[right], *about),
+    )
+    alone = (np.arange(count), np.ones(count), np.zeros(count, bool), *np.full((2, count), -1))
+    for whole, part in zip(alone, (labels[found[0]], *found[1:]), strict=True):
+        whole[labels] = part
+    return alone
 
 
 def _components(

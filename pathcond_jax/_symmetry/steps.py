@@ -285,9 +285,10 @@ def _unless_zero(labels: np.ndarray, zero: np.ndarray) -> Terms:
 
 def _tie(scope: Scope, scale: Scale, labels: np.ndarray) -> None:
     """Demands that a carry has the scale ``labels``."""
-    for group in connected([*expand(scale, labels.ndim), Term(-1.0, labels)]):
+    terms = [*expand(scale, labels.ndim), Term(-1.0, labels)]
+    for group in connected(terms):
         scope.ask_to_join(group)
-        scope.require(group, CARRIED)
+    scope.analysis.vanish(terms, scope.because(CARRIED))
 
 
 def _repeated(loop: Loop, slices: _Slices, walk: _Walk) -> list[Terms]:

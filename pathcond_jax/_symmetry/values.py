@@ -133,9 +133,16 @@ class Analysis:
         for group in groups[1:]:
             scalar = (1,) * group[0].labels.ndim
             constants.append(Term(1.0, self.equations.new(scalar)))
-            self.equations.require([*group, constants[-1]], origin)
+            self.require([*group, constants[-1]], origin)
         if groups:
-            self.equations.require([*groups[0], *powered(constants, -1.0)], origin)
+            self.require([*groups[0], *powered(constants, -1.0)], origin)
+
+    def require(self, terms: Iterable[Term], origin: int) -> None:
+        """Demands Σ terms = 0, for the reason numbered ``origin``."""
+        terms = cancel(list(terms))
+        if len(terms) > 1 and too_many(terms):
+            origin = self.because(_TOO_MANY, self.reasons[origin].node)
+        self.equations.require(terms, origin)
 
     def run(self, graph: Graph, arguments: Sequence[Scale]) -> list[Scale]:
         """The scales of the graph's outputs."""
@@ -227,12 +234,8 @@ class Scope:
 
     def require(self, terms: Iterable[Term], because: int | str) -> None:
         """Demands Σ terms = 0."""
-        terms = list(terms)
-        if len(terms) > 1 and too_many(terms):
-            terms = cancel(terms)
-            because = _TOO_MANY if len(terms) > 1 and too_many(terms) else because
         origin = self.because(because) if isinstance(because, str) else because
-        self.analysis.equations.require(terms, origin)
+        self.analysis.require(terms, origin)
 
     def new(self, shape: tuple[int, ...]) -> np.ndarray:
         """New labels, unknown log-scales."""
@@ -502,7 +505,8 @@ def zero_places(terms: Iterable[Term], ndim: int) -> np.ndarray:
     zero = np.zeros((1,) * ndim, bool)
     for labels in (term.labels for term in terms):
         zero = zero | (labels == WILD).reshape(labels.shape or (1,) * ndim)
-    return zero.any(keepdims=True) if zero.all() or not zero.any() else zero
+    alike = zero.all() or not zero.any()
+    return np.full((1,) * ndim, zero.any()) if alike else zero
 
 
 def expand(scale: Scale, ndim: int) -> Terms:
