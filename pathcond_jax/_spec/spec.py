@@ -224,12 +224,13 @@ def _check_group(group: NeuronGroup, leaves: Mapping[str, Leaf]) -> None:
 
 def _size(group: NeuronGroup) -> str:
     """The number of neurons, as a product where they lie so in a parameter: layers × width."""
-    shapes: list[tuple[int, ...]] = [
+    shapes = [
         incidence.index.shape
         for incidence in (*group.incoming, *group.outgoing)
         if np.array_equal(incidence.index.reshape(-1), np.arange(group.size))
     ]
-    return " × ".join(map(str, min(shapes, key=lambda shape: len(shape), default=(group.size,))))
+    axes = min(map(len, shapes), default=0)
+    return " × ".join(next((map(str, x) for x in shapes if len(x) == axes), [str(group.size)]))
 
 
 def _table(spec: ArchSpec) -> str:

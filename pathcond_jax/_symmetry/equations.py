@@ -118,6 +118,11 @@ class Equations:
         self.forget(mark)
         return taken
 
+    def too_many(self, terms: Iterable[Term]) -> bool:
+        """Whether there are more equations Σ terms = 0 than are written down."""
+        shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
+        return bool(np.prod(shape, dtype=np.float64) > _MAX_ROWS)
+
     def extend(self, rows: Rows) -> None:
         """Adds equations as they are."""
         self._rows.append(rows)
@@ -144,7 +149,7 @@ class Equations:
         if not terms:
             return
         shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
-        if len(terms) > 1 and too_many(terms):
+        if len(terms) > 1 and self.too_many(terms):
             # Each term vanishing is a sound, stronger demand.
             for term in terms:
                 self.require([term], origin)
@@ -186,10 +191,15 @@ class Equations:
         return sparse.csr_matrix((data[keep], (rows[keep], cols[keep])), shape), origins
 
 
-def too_many(terms: Iterable[Term]) -> bool:
-    """Whether there are more equations Σ terms = 0 than are written down."""
-    shape = np.broadcast_shapes(*(term.labels.shape for term in terms))
-    return bool(np.prod(shape, dtype=np.float64) > _MAX_ROWS)
+def fits_every_scale(constant: np.ndarray | None) -> np.ndarray:
+    """Where a constant fits every scale, with size 1 along axes on which that is the same."""
+    array = np.ones(()) if constant is None else constant
+    free = (array == 0) | ~np.isfinite(array)
+    for axis in range(array.ndim):
+        head = np.take(free, [0], axis) if array.shape[axis] else free
+        if (free == head).all():
+            free = head
+    return free
 
 
 def cancel(terms: list[Term]) -> list[Term]:
@@ -311,10 +321,10 @@ def _classes(
     count: int,
     rank: np.ndarray,
     zeros: tuple[np.ndarray, np.ndarray],
-    pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``_components`` of the labels that equations speak of; the others are alone."""
-    (dead_at_once, zero_origins), (left, right, *about) = zeros, pairs
+    (dead_at_once, zero_origins), (left, right, opposite, *origins) = zeros, pairs
     involved = np.zeros(count, bool)
     for labels in (dead_at_once, left, right):
         involved[labels] = True
@@ -323,7 +333,7 @@ def _classes(
         len(labels),
         rank[labels],
         (place[dead_at_once], zero_origins),
-        (place[left], place[right], *about),
+        (place[left], place[right], opposite, origins[0], origins[1]),
     )
     alone = (np.arange(count), np.ones(count), np.zeros(count, bool), *np.full((2, count), -1))
     for whole, part in zip(alone, (labels[found[0]], *found[1:]), strict=True):

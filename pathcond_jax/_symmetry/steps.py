@@ -10,7 +10,7 @@ parameters. The carries are one chain of labels, from one step to the next.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,6 @@ from pathcond_jax._symmetry.values import (
     expand,
     mapped,
     support,
-    zero_places,
 )
 
 # Bounds on what is written down: operations analysed one by one, labels of all steps together.
@@ -221,7 +220,7 @@ def _held(loop: Loop, slices: _Slices) -> set[tuple[int, tuple[int, ...]]]:
 def _walked(loop: Loop, slices: _Slices, forms: list[Form]) -> _Walk:
     """Walks through the steps until a carry varies along other axes than ``forms``."""
     zeros = [
-        zero_places(() if form is None else x.terms, len(shape))
+        _zero_places(() if form is None else x.terms, len(shape))
         for x, shape, form in zip(loop.carry, loop.shapes, forms, strict=True)
     ]
     numbers: dict[tuple[object, ...], int] = {}
@@ -267,12 +266,21 @@ def _analysed(
         if form is not None:
             _tie(scope, x, scope.new(_sizes(shape, form)))
     after = [
-        zero_places(() if form is None else x.terms, len(shape))
+        _zero_places(() if form is None else x.terms, len(shape))
         for x, (form, shape) in zip(left, carries, strict=True)
     ]
     places = scope.analysis.rounded[rounded:]
     del scope.analysis.rounded[rounded:]
     return _Kind(position, *equations.take(before), after, made, places), wider
+
+
+def _zero_places(terms: Iterable[Term], ndim: int) -> np.ndarray:
+    """Where a value of rank ``ndim`` is known to be zero, with size 1 where that is everywhere."""
+    zero = np.zeros((1,) * ndim, bool)
+    for labels in (term.labels for term in terms):
+        zero = zero | (labels == WILD).reshape(labels.shape or (1,) * ndim)
+    alike = zero.all() or not zero.any()
+    return np.full((1,) * ndim, zero.any()) if alike else zero
 
 
 def _sizes(shape: tuple[int, ...], form: frozenset[int]) -> tuple[int, ...]:
@@ -295,7 +303,7 @@ def _repeated(loop: Loop, slices: _Slices, walk: _Walk) -> list[Terms]:
     """Demands of every step what its kind demands."""
     scope, length = loop.scope, loop.scan.length
     chains = [
-        None if form is None else scope.repeated(_sizes(shape, form), length + 1)
+        None if form is None else _repeats(scope, _sizes(shape, form), length + 1)
         for shape, form in zip(loop.shapes, walk.forms, strict=True)
     ]
     for x, chain in zip(loop.carry, chains, strict=True):
@@ -355,7 +363,12 @@ def _copies(
 
 
 def _made(scope: Scope, blocks: Sequence[LabelBlock], count: int) -> list[np.ndarray]:
-    return [scope.repeated(block.shape, count, block.repeats) for block in blocks]
+    return [_repeats(scope, block.shape, count, block.repeats) for block in blocks]
+
+
+def _repeats(scope: Scope, shape: tuple[int, ...], count: int, repeats: int = 1) -> np.ndarray:
+    """Labels of ``count`` steps, in each of which an operation is repeated already."""
+    return scope.analysis.equations.new((count, *shape), repeats=count * repeats)
 
 
 def _put_out(loop: Loop, walk: _Walk, copies: Sequence[_Copies]) -> list[Terms]:

@@ -24,7 +24,7 @@ import numpy as np
 from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax._program.primitives import RuleTable
-from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel, too_many
+from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel, fits_every_scale
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
 MAX_JOINT = 1 << 20
@@ -140,7 +140,7 @@ class Analysis:
     def require(self, terms: Iterable[Term], origin: int) -> None:
         """Demands Σ terms = 0, for the reason numbered ``origin``."""
         terms = cancel(list(terms))
-        if len(terms) > 1 and too_many(terms):
+        if len(terms) > 1 and self.equations.too_many(terms):
             origin = self.because(_TOO_MANY, self.reasons[origin].node)
         self.equations.require(terms, origin)
 
@@ -164,7 +164,7 @@ class Analysis:
         key = (id(graph), number)
         if key not in self._constants:
             known = jnp.issubdtype(graph.avals[number].dtype, jnp.inexact)
-            free = _fits_every_scale(_computed(graph, number)) if known else np.zeros(())
+            free = fits_every_scale(_computed(graph, number)) if known else np.zeros(())
             # Zeros that come from outside, such as the first running means, are there to change.
             if free.any() and not (free.all() and number in graph.captured):
                 self._constants[key] = Scale((Term(1.0, np.where(free, WILD, 0)),))
@@ -179,16 +179,6 @@ def _computed(graph: Graph, number: int) -> np.ndarray | None:
         return np.asarray(graph.constants[number])
     except Exception:
         return None
-
-
-def _fits_every_scale(constant: np.ndarray | None) -> np.ndarray:
-    array = np.ones(()) if constant is None else constant
-    free = (array == 0) | ~np.isfinite(array)
-    for axis in range(array.ndim):
-        head = np.take(free, [0], axis) if array.shape[axis] else free
-        if (free == head).all():
-            free = head
-    return free
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,10 +230,6 @@ class Scope:
     def new(self, shape: tuple[int, ...]) -> np.ndarray:
         """New labels, unknown log-scales."""
         return self.analysis.equations.new(shape)
-
-    def repeated(self, shape: tuple[int, ...], count: int, repeats: int = 1) -> np.ndarray:
-        """New labels of ``count`` steps, what is one of ``repeats`` in each, on a first axis."""
-        return self.analysis.equations.new((count, *shape), repeats=count * repeats)
 
     def pin(self, *scales: Scale, because: str = "does not let a scale pass") -> None:
         """Demands that values keep their scale."""
@@ -498,15 +484,6 @@ def has_wild(terms: Iterable[Term]) -> bool:
 
 def _is_wild_somewhere(terms: Iterable[Term]) -> np.ndarray:
     return functools.reduce(np.logical_or, (term.labels == WILD for term in terms))
-
-
-def zero_places(terms: Iterable[Term], ndim: int) -> np.ndarray:
-    """Where a value of rank ``ndim`` is known to be zero, with size 1 where that is everywhere."""
-    zero = np.zeros((1,) * ndim, bool)
-    for labels in (term.labels for term in terms):
-        zero = zero | (labels == WILD).reshape(labels.shape or (1,) * ndim)
-    alike = zero.all() or not zero.any()
-    return np.full((1,) * ndim, zero.any()) if alike else zero
 
 
 def expand(scale: Scale, ndim: int) -> Terms:
