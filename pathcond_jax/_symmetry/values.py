@@ -267,8 +267,7 @@ class Scope:
         cut = [term for term in scale.terms if axes & support(term) and not scale.signal]
         for other in scale.terms if cut else ():
             if not axes & support(other):
-                near = [term for term in cut if support(term) <= support(other) | axes]
-                for term in near or cut:
+                for term in [x for x in cut if support(x) <= support(other) | axes] or cut:
                     self.ask_to_join((term, other))
 
     def fresh(self, group: Sequence[Term]) -> Term:

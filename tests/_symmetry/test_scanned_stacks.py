@@ -119,7 +119,8 @@ def test_a_loop_too_long_to_follow_says_so():
         h, _ = lax.scan(step, x @ params["in"], (params["g"], masks))
         return h @ params["out"]
 
-    spec = pathcond.trace_spec(apply_fn, params, X)
+    # Tried on numbers, as many steps would take long.
+    spec = pathcond.trace_spec(apply_fn, params, X, check=False)
     said = [str(pin) for pin in spec.pinned if pin.path == "g" and pin.axis == 0]
     assert "has too many steps of different scales to follow each" in said[0]
 
