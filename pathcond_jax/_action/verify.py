@@ -26,7 +26,7 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Leaf, SpecError
 
 # Multiplications, about two a nanosecond: beyond this a check would take longer than the trace.
-MOST_WORK = 3e9
+MOST_WORK = 3e8
 _MOST_ENTRIES = 1 << 26
 
 # Of the outputs, relative to the largest entry; what rounding does is far below, an error above.
