@@ -58,7 +58,8 @@ def shifted(params, x):
 
 
 def applied(params, x):
-    return hidden(params, x).at[:, 0].apply(jnp.tanh) @ params["v"]
+    first = jnp.argmax(x[:, 0])
+    return hidden(params, x).at[first].apply(jnp.tanh) @ params["v"]
 
 
 def filled(params, x):
