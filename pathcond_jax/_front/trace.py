@@ -45,9 +45,9 @@ def trace_spec(
         raises instead of changing your network. The traced program is run in numpy, in float64,
         before and after a random rescaling by powers of two, with the arrays that are given (and
         random numbers for shapes, zeros and NaN); the log of the path norm is compared too, where
-        there is one. This takes less time than the trace. Where one run takes more than
-        300 million multiplications, one example is tried, and where that does (a ResNet-18 on
-        images of 64 × 64), none. What cannot be tried passes: callbacks, effects and collectives, outputs
+        there is one. This takes less time than the trace. Where one run takes more than 300 million
+        multiplications, one example is tried, and where that does (a ResNet-18 on images of
+        64 × 64), none. What cannot be tried passes: callbacks, effects and collectives, outputs
         that are 0 or not finite, and your own ``groups``.
       **apply_options: keyword arguments of ``apply_fn`` that are the same at every call, such as
         ``train=False``, ``rngs=`` and ``mutable=`` of Flax linen. For one that has the name of an
