@@ -336,3 +336,4 @@ RULES.no_rule(
 RULES.no_rule("the operations that run depend on the input", "cond", "while")
 RULES.no_rule("total orders occur in sorting only", "eq_to", "le_to", "lt_to")
 RULES.no_rule("write .at[...].add(-x) instead, which has a rule", "scatter-sub")
+RULES.no_rule("the group of weights that an entry meets depends on the input", "ragged_dot_general")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._program import kinds
-from pathcond_jax._program.primitives import find
+from pathcond_jax._program.primitives import find, runs_only
 from pathcond_jax._symmetry import structural_rules
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.values import (
@@ -176,8 +176,12 @@ def _reduce(scope: Scope, scale: Scale) -> list[Terms]:
 
 @rule("reduce_prod", reads=("axes",))
 def _reduce_product(scope: Scope, scale: Scale) -> list[Terms]:
+    return _product_along(scope, scale, tuple(scope.params["axes"]))
+
+
+def _product_along(scope: Scope, scale: Scale, axes: tuple[int, ...]) -> list[Terms]:
     """The scales of all factors add up; where they agree, they are one to a power."""
-    axes, shape = tuple(scope.params["axes"]), scope.shape(0)
+    shape = scope.shape(0)
     if has_wild(scale.terms):
         return pin(scope, scale)
     count = math.prod(shape[axis] for axis in axes)
@@ -195,6 +199,30 @@ def _reduce_product(scope: Scope, scale: Scale) -> list[Terms]:
 
         found += mapped(scale.terms, factor)
     return [tuple(found)]
+
+
+_REDUCTION = {"jaxpr": runs_only("add", "max", "min", "mul")}
+
+
+def _multiplies(scope: Scope) -> bool:
+    (body,) = scope.node.bodies
+    return body.nodes[0].primitive is find("mul")
+
+
+@rule("reduce", reads=("dimensions", "computation"), requires=_REDUCTION)
+def _reduce_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
+    """A reduction by a program of one known operation, and from a value of the same scale."""
+    axes = tuple(scope.params["dimensions"])
+    if _multiplies(scope):
+        scope.pin(start)
+        return _product_along(scope, scale, axes)
+    reduced = mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(axes))
+    return [_started(scope, Scale(reduced, scale.signal), start)]
+
+
+def _started(scope: Scope, scale: Scale, start: Scale) -> Terms:
+    ndim = len(scope.out_shape())
+    return scope.equate((scale, start), ndim, "starts from a value of another scale")
 
 
 @rule("argmax", "argmin", reads=("axes", "index_dtype"))
@@ -228,10 +256,10 @@ def _fourier(scope: Scope, scale: Scale) -> list[Terms]:
     return [scope.along(scale.terms, range(ndim - len(scope.params["fft_lengths"]), ndim))]
 
 
-@rule(
-    *("reduce_window_sum", "reduce_window_max", "reduce_window_min"),
-    reads=("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"),
-)
+_WINDOW = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", reads=_WINDOW)
 def _window(scope: Scope, scale: Scale) -> list[Terms]:
     axes = [a for a, n in enumerate(scope.params["window_dimensions"]) if n > 1]
     dilated = [a for a, n in enumerate(scope.params["base_dilation"]) if n > 1]
@@ -240,6 +268,20 @@ def _window(scope: Scope, scale: Scale) -> list[Terms]:
     met = tuple(slice(None, None, stride) for stride in scope.params["window_strides"])
     kept = scope.along(scale.terms, {*axes, *dilated, *padded})
     return [mapped(kept, lambda labels: labels[met])]
+
+
+@rule("reduce_window", reads=_WINDOW, requires={"consts": (), **_REDUCTION})
+def _window_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
+    """Windows reduced by a program of one known operation."""
+    (terms,) = _window(scope, scale)
+    if not _multiplies(scope):
+        return [_started(scope, Scale(terms, scale.signal), start)]
+    # Windows that hang over the border have fewer factors.
+    gaps = np.any(scope.params["padding"]) or max(scope.params["base_dilation"], default=1) > 1
+    if gaps or has_wild(scale.terms):
+        return pin(scope, scale, start)
+    scope.pin(start)
+    return [powered(terms, float(math.prod(scope.params["window_dimensions"])))]
 
 
 def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:
@@ -255,28 +297,87 @@ def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:
     return [Term(term.coefficient, move(term.labels)) for term in terms]
 
 
-@rule("dot_general", reads=("dimension_numbers", "preferred_element_type"))
-def _dot_general(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
-    (summed_one, summed_two), (batch_one, batch_two) = scope.params["dimension_numbers"]
-    rank_one, rank_two = len(scope.shape(0)), len(scope.shape(1))
-    rank = len(scope.out_shape())
-    axes_one, axes_two = [0] * rank_one, [0] * rank_two
+def _layout(
+    numbers: Any, ranks: tuple[int, int], grouped: tuple[int, ...] = ()
+) -> tuple[list[int], list[int], int]:
+    """Where the axes of two factors lie among the axes of a product, then the axes summed over.
+
+    Args:
+      numbers: the axes summed over and those of a batch, of both factors.
+      ranks: of the factors.
+      grouped: the axes of the second factor that are no axes of the product: they lie nowhere.
+
+    Returns:
+      The places of the axes of both factors, and the rank of the product.
+    """
+    (summed_one, summed_two), (batch_one, batch_two) = numbers
+    axes_one, axes_two = ([-1] * rank for rank in ranks)
     for k, (a, b) in enumerate(zip(batch_one, batch_two, strict=True)):
         axes_one[a] = axes_two[b] = k
-    for k, (a, b) in enumerate(zip(summed_one, summed_two, strict=True)):
-        axes_one[a] = axes_two[b] = rank + k
     at = len(batch_one)
     for axes, used in (
         (axes_one, (*summed_one, *batch_one)),
-        (axes_two, (*summed_two, *batch_two)),
+        (axes_two, (*summed_two, *batch_two, *grouped)),
     ):
         for axis in range(len(axes)):
             if axis not in used:
                 axes[axis], at = at, at + 1
-    total = rank + len(summed_one)
-    summed = tuple(range(rank, total))
+    for k, (a, b) in enumerate(zip(summed_one, summed_two, strict=True)):
+        axes_one[a] = axes_two[b] = at + k
+    return axes_one, axes_two, at
+
+
+def _contracted(
+    scope: Scope, factors: tuple[Scale, Scale], layout: tuple[list[int], list[int], int]
+) -> Terms:
+    (one, two), (axes_one, axes_two, rank) = factors, layout
+    total = max((rank - 1, *axes_one, *axes_two)) + 1
     terms = [*_place(one.terms, axes_one, total), *_place(two.terms, axes_two, total)]
-    return [scope.contract(terms, summed, (one, two))]
+    return scope.contract(terms, tuple(range(rank, total)), factors)
+
+
+@rule("dot_general", reads=("dimension_numbers", "preferred_element_type"))
+def _dot_general(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
+    ranks = len(scope.shape(0)), len(scope.shape(1))
+    layout = _layout(scope.params["dimension_numbers"], ranks)
+    return [_contracted(scope, (one, two), layout)]
+
+
+@rule(
+    "ragged_dot_general",
+    reads=("ragged_dot_dimension_numbers", "preferred_element_type"),
+    requires={"group_offset": None},
+)
+def _ragged_dot(scope: Scope, one: Scale, two: Scale, sizes: Scale) -> list[Terms]:
+    """Rows of one factor that meet the matrix of their group, or are summed group by group.
+
+    Groups of unknown sizes may have any rows: their matrices have one scale.
+    """
+    numbers = scope.params["ragged_dot_dimension_numbers"]
+    (summed, _), (batch, _) = numbers.dot_dimension_numbers
+    (rows,), groups = numbers.lhs_ragged_dimensions, tuple(numbers.rhs_group_dimensions)
+    ranks = len(scope.shape(0)), len(scope.shape(1))
+    layout = _layout(numbers.dot_dimension_numbers, ranks, groups)
+    if rows in batch or bool(groups) == (rows in summed):
+        return pin(scope, one, two)
+    if not groups:
+        # The groups are an axis of the result, along which the scale is one.
+        return [mapped(_contracted(scope, (one, two), layout), lambda x: x[None])]
+    (axis,) = groups
+    known = scope.constant(2)
+    if (
+        known is None
+        or known.ndim != 1
+        or known.min(initial=0) < 0
+        or known.sum() != scope.shape(0)[rows]
+    ):
+        met = scope.along(two.terms, groups)
+    else:
+        scope.index(two, groups)
+        group = np.repeat(np.arange(len(known)), known)
+        met = mapped(two.terms, lambda x: x if x.shape[axis] == 1 else x.take(group, axis))
+    layout[1][axis] = layout[0][rows]
+    return [_contracted(scope, (one, two._replace(terms=met)), layout)]
 
 
 @rule(
@@ -333,3 +434,4 @@ RULES.no_rule("no power of a positive scale comes out of it", *kinds.ELEMENTWISE
 for _reason, _names in kinds.OPAQUE.items():
     RULES.no_rule(_reason, *(name for name in _names if find(name) not in RULES))
 RULES.no_rule("other scales may choose other entries", "approx_top_k")
+RULES.no_rule("its entries are products of different numbers of factors", "cumprod")

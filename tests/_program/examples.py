@@ -81,6 +81,8 @@ EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "reduce_window_sum": _windowed(0.0, lax.add),
     "reduce_window_max": _windowed(-np.inf, lax.max),
     "reduce_window_min": _windowed(np.inf, lax.min),
+    "reduce": (lambda x: lax.reduce(x, np.float32(1), lambda a, b: lax.mul(a, b), (0,)), (X,)),
+    "reduce_window": _windowed(1.0, lax.mul),
     "reshape": (lambda x: lax.reshape(x, (6, 4)), (X,)),
     "broadcast_in_dim": (lambda x: lax.broadcast_in_dim(x, (2, 4, 6), (1, 2)), (X,)),
     "slice": (lambda x: x[1:3], (X,)),
@@ -107,6 +109,10 @@ EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "scatter-sub": (lambda x: x.at[0].subtract(x[0]), (X,)),
     "fft": (lambda x: jnp.fft.rfft(x), (X,)),
     "dot_general": (lambda x: x @ x.T, (X,)),
+    "ragged_dot_general": (
+        lambda x, sizes: lax.ragged_dot(x, jnp.stack([x.T, x.T, x.T]), sizes[:, 0]),
+        (X, PLACES),
+    ),
     "conv_general_dilated": (
         lambda x, k: lax.conv_general_dilated(
             x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

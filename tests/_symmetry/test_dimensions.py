@@ -13,12 +13,16 @@ from jax.flatten_util import ravel_pytree
 
 import pathcond_jax as pathcond
 
-_DRAWS = 6
+_DRAWS = 24
+_STEP = 1e-5
+_SEEN = 1e-4
 
 
 def dimension(apply_fn, shapes, input_shape):
     """How many independent diagonal rescalings leave the outputs as they are."""
     rng = np.random.default_rng(0)
+    _, restore = ravel_pytree({name: np.zeros(shape) for name, shape in shapes.items()})
+    outputs = jax.jit(lambda flat, x: ravel_pytree(apply_fn(restore(flat), x))[0])
     rows = []
     for _ in range(_DRAWS):
         # Large values too, so that bounds are met and positions change.
@@ -26,19 +30,21 @@ def dimension(apply_fn, shapes, input_shape):
             name: rng.uniform(0.3, 1.5, shape) * rng.choice([-3, -1, 1, 3], shape)
             for name, shape in shapes.items()
         }
-        flat, restore = ravel_pytree(params)
+        flat, _ = ravel_pytree(params)
         x = rng.normal(size=input_shape) * rng.choice([1, 3])
 
-        def outputs(logs, flat=flat, restore=restore, x=x):
-            return ravel_pytree(apply_fn(restore(flat * jnp.exp(logs)), x))[0]
-
-        jacobian = np.asarray(jax.jacfwd(outputs)(jnp.zeros(flat.size)))
+        # By differences: JAX has no derivative of some operations.
+        steps = np.exp(_STEP * np.eye(flat.size))
+        moved = [outputs(flat * step, x) - outputs(flat / step, x) for step in steps]
+        jacobian = np.stack(moved, 1) / (2 * _STEP)
         size = abs(jacobian).max(1, keepdims=True)
-        rows.append(jacobian / np.where(size > 0, size, 1.0))
+        # Of outputs that hardly move, only rounding is seen.
+        seen = size[:, 0] > _SEEN * (1.0 + abs(outputs(flat, x)))
+        rows.append(jacobian[seen] / size[seen])
     matrix = np.concatenate(rows)
     # Entries that no output depends on move as they like.
-    living = abs(matrix).max(0) > 1e-12
-    return living.sum() - np.linalg.matrix_rank(matrix[:, living], tol=1e-7)
+    living = abs(matrix).max(0) > 1e-7
+    return living.sum() - np.linalg.matrix_rank(matrix[:, living], tol=1e-5)
 
 
 def traced(apply_fn, shapes, input_shape):
@@ -154,15 +160,95 @@ def product(params, x):
     return jnp.prod(h, 1) * params["s"]
 
 
+def reduced_by(start, operation):
+    """A reduction by a program, as ``jax.lax`` writes it down."""
+
+    def reduced(h, params):
+        # Of two rows: the least and the product of many are often 0.
+        return jax.lax.reduce(h[:2], start(params, h), lambda a, b: operation(a, b), (0,))[None]
+
+    return reduced
+
+
+def windows_of(start, operation, padding="VALID"):
+    def windows(h, params):
+        return jax.lax.reduce_window(h, start(params, h), operation, (2, 1), (1, 1), padding)
+
+    return windows
+
+
+def constant(value):
+    return lambda params, h: np.float64(value)
+
+
+def of_the_signal(params, h):
+    return h[0, 0]
+
+
+REDUCTIONS = {
+    "reduced by sums": (reduced_by(constant(0.0), jax.lax.add), 4),
+    "reduced by sums from one": (reduced_by(constant(1.0), jax.lax.add), 0),
+    "reduced by sums from an entry": (reduced_by(of_the_signal, jax.lax.add), 1),
+    "reduced by maxima": (reduced_by(constant(-np.inf), jax.lax.max), 4),
+    "reduced by minima": (reduced_by(constant(np.inf), jax.lax.min), 4),
+    "reduced by products": (reduced_by(constant(1.0), jax.lax.mul), 4),
+    "reduced by another program": (reduced_by(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
+    "windows multiplied": (windows_of(constant(1.0), jax.lax.mul), 4),
+    "windows multiplied, some smaller": (windows_of(constant(1.0), jax.lax.mul, "SAME"), 0),
+    "windows summed from one": (windows_of(constant(1.0), jax.lax.add), 0),
+    "windows summed from an entry": (windows_of(of_the_signal, jax.lax.add), 1),
+    "windows of another program": (windows_of(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
+    "a composite": (jax.lax.composite(lambda h, p: 2 * h, "test.doubled", version=1), 4),
+}
+
+
+def mixture(sizes):
+    """Rows meet the kernels of their expert, and biases of all."""
+
+    def apply_fn(params, x):
+        groups = sizes(x)
+        h = jax.lax.ragged_dot(x, params["w"], groups) + params.get("b", 0.0)
+        return jax.lax.ragged_dot(jax.nn.relu(h), params["v"], groups)
+
+    return apply_fn
+
+
+def kernels_of_groups(params, x):
+    """Rows summed group by group: the groups are an axis of the result."""
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    h = jax.nn.relu(x @ params["w"])
+    summed = jax.lax.ragged_dot_general(x, h, np.array([2, 3], np.int32), numbers)
+    return summed @ params["v"]
+
+
+def known_sizes(x):
+    return np.array([2, 3], np.int32)
+
+
+def sizes_of_input(x):
+    first = (x[:, 0] > 0).sum(dtype=np.int32)
+    return jnp.stack([first, 5 - first])
+
+
+EXPERTS = {"w": (2, 3, 4), "v": (2, 4, 2)}
+
+EXPERTS_CASES = {
+    "experts with known rows": (mixture(known_sizes), EXPERTS, (5, 3), 8),
+    "experts with rows of the input": (mixture(sizes_of_input), EXPERTS | {"b": (4,)}, (5, 3), 4),
+}
+
 OTHERWISE = {
+    kernels_of_groups: (LAYERS, (5, 3), 4),
     diagonal: ({"d": (3,), "w": (3, 2)}, (5, 3), 3),
     strided: ({"w": (3, 4), "v": (2, 2)}, (5, 3), 2),
     product: ({"w": (3, 3), "b": (3,), "s": ()}, (5, 3), 3),
 }
 
 CASES = EXCHANGED | OTHERWISE
-NAMED = {name: (around(change), LAYERS, (5, 3), n) for name, (change, n) in POSITIONS.items()}
+CHANGES = POSITIONS | REDUCTIONS
+NAMED = {name: (around(change), LAYERS, (5, 3), n) for name, (change, n) in CHANGES.items()}
 NAMED |= {function.__name__: (function, *case) for function, case in CASES.items()}
+NAMED |= EXPERTS_CASES
 
 
 @pytest.mark.usefixtures("x64")
