@@ -79,7 +79,7 @@ def _traced_primitives() -> Iterator[Any]:
         lambda x: jnp.stack([x, x]),
         jnp.unstack,
         lambda x: jax.random.key_data(jax.random.clone(_key(x))),
-        lambda x: jax.lax.ragged_dot(x[None], x[:, None][None], np.ones(1, np.int32)),
+        lambda x: jax.lax.ragged_dot(x[None], x[:, None][None], jnp.ones(1, jnp.int32)),
         lambda x: jax.lax.composite(lambda x: x + 1, "added", version=1)(x),
     )
     for program in programs:
