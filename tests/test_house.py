@@ -13,6 +13,7 @@ PROGRAM = GROUND | {"_program"}
 SOLVE = GROUND | {"_solve"}
 BELOW = {
     "_version": set(),
+    "linen": set(),
     "_spec": set(),
     "_program": GROUND,
     "_solve": GROUND,
@@ -24,10 +25,10 @@ BELOW["_action"] = BELOW["criteria"] | {"criteria"}
 for room in ("_optax", "theory", "plotting"):
     BELOW[room] = BELOW["_action"] | {"_action"}
 BELOW["_front"] = BELOW["theory"] | {"_symmetry", "_optax", "theory"}
-PUBLIC = {"", "criteria", "theory", "plotting"}
+PUBLIC = {"", "criteria", "theory", "plotting", "linen"}
 BELOW["experiments"] = PUBLIC
 BELOW["__main__"] = PUBLIC | {"experiments"}
-BELOW["__init__"] = set(BELOW) - {"plotting", "experiments", "__main__", "__init__"}
+BELOW["__init__"] = set(BELOW) - {"plotting", "linen", "experiments", "__main__", "__init__"}
 
 
 def room_of(path: pathlib.Path) -> str:

@@ -14,10 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.training import train_state
 from zoo.network import lenient, vector
 
 import pathcond_jax as pathcond
+from pathcond_jax import linen
 
 X, Y = vector(16, 6, 6, 1), vector(16, 3, seed=2)
 EVERY = 3
@@ -171,20 +171,8 @@ class ResNet(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
-class TrainState(train_state.TrainState):
+class TrainState(linen.TrainState):
     batch_stats: Any
-
-    def apply_gradients(self, *, grads, batch_stats, **changes):
-        updates, opt_state = self.tx.update(
-            grads, self.opt_state, self.params, batch_stats=batch_stats
-        )
-        return self.replace(
-            step=self.step + 1,
-            params=optax.apply_updates(self.params, updates),
-            opt_state=opt_state,
-            batch_stats=batch_stats,
-            **changes,
-        )
 
 
 RESNET = ResNet()

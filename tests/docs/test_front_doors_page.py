@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from flax.training import train_state
 from zoo.network import lenient
 
 import pathcond_jax as pathcond
@@ -106,7 +105,7 @@ READERS = {
     ],
     "Flax linen": [
         lambda names: {"model": LinenModel(), "key": jax.random.key(0)},
-        lambda names: {"train_state": train_state, "Any": Any},
+        lambda names: {"Any": Any},
     ],
     "Equinox": [
         lambda names: {"eqx": eqx, "model": eqx.nn.MLP(4, 2, 5, 1, key=jax.random.key(0))},
