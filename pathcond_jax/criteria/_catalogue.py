@@ -26,8 +26,8 @@ one that enters it:
 ========================  =========================================================================
 
 To be read function by function: each makes one criterion and stands alone. ``CRITERIA`` and
-``as_criterion`` then give them names; what reads statistics, moments and powers comes last. A
-criterion of one's own is one more function here, or a subclass of ``Criterion`` anywhere.
+``as_criterion`` then give them names. A criterion of one's own is one more function here, or a
+subclass of ``Criterion`` anywhere.
 
 References:
   Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
@@ -39,9 +39,7 @@ References:
   Xiao, Lin, Seznec, Wu, Demouth, Han, *SmoothQuant*, ICML 2023.
 """
 
-import functools
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,25 +47,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pathcond_jax._lifting.gram import scaled_gram_diagonal
 from pathcond_jax._program import roles
 from pathcond_jax._solve.layout import layout
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
-from pathcond_jax._spec.arrays import compute_dtype, part_of, widened
-from pathcond_jax._spec.extended_range import (
-    ZERO,
-    ScaledDiagonal,
-    computed_once,
-    exponent_of,
-    largest,
-    power_of_two,
-)
+from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
-from pathcond_jax._spec.types import NeuronGroup, PyTree, SpecError
+from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.criteria._base import Balance, Criterion, RangeBalance
+from pathcond_jax.criteria._readings import log_statistics, powers, second_moments, squared
 
 
 def path() -> Criterion:
@@ -140,7 +131,7 @@ def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> 
             for leaf, value in zip(spec.leaves, values, strict=True)
         ]
         extra = tuple(-p * depths[leaf.path] * math.log2(depth_penalty) for leaf in spec.leaves)
-        trees = (spec.treedef.unflatten(part) for part in _powers(counted, p, extra))
+        trees = (spec.treedef.unflatten(part) for part in powers(counted, p, extra))
         masses = reduce_masses(spec, ScaledDiagonal(*trees))
         term = LogSum(2.0 / p * spec.num_parameters, -float(p), *masses)
         return Objective((term,), _nothing(spec))
@@ -203,7 +194,7 @@ def fisher(source: Callable[[PyTree], PyTree] | PyTree, *, damping: float = 1e-4
 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
         values = match_leaves(spec, params)
-        moments = _second_moments(source, params, spec)
+        moments = second_moments(source, params, spec)
         damped = [
             jnp.asarray(moment) + jnp.asarray(damping, compute_dtype(jnp.result_type(moment)))
             if leaf.trainable
@@ -251,7 +242,7 @@ def steepest(grads: PyTree, radius: float) -> Criterion:
 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
         del params
-        masses = reduce_masses(spec, _squared(grads, spec, "grads"))
+        masses = reduce_masses(spec, squared(grads, spec, "grads"))
         term = LogSum(float(spec.num_parameters), 2.0, *masses)
         return Objective((), _nothing(spec), concave=(term,), limit=radius)
 
@@ -296,7 +287,7 @@ def activation(statistics: Mapping[str, Any] | Sequence[Any], alpha: float = 0.5
     if not 0 <= alpha <= 1:
         raise SpecError(f"alpha is {alpha}; it lies between 0 and 1")
     return RangeBalance(
-        f"activation({alpha:g})", lambda spec: _log_statistics(statistics, spec), float(alpha)
+        f"activation({alpha:g})", lambda spec: log_statistics(statistics, spec), float(alpha)
     )
 
 
@@ -423,129 +414,3 @@ def _known() -> str:
 
 def _nothing(spec: ArchSpec) -> tuple[np.ndarray, ...]:
     return tuple(np.zeros(group.size) for group in spec.groups)
-
-
-def _powers(
-    values: list[Any], p: float, extra: tuple[float, ...]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """``|value|^p 2^extra`` of each, as mantissas and the exponents of powers of two."""
-    wide = [widened(value) for value in values]
-    tops = largest(wide)
-    scales, factors, exponents = _normalizing(tops, p, np.array(extra, tops.dtype))
-    mantissas = [
-        _power(value, part_of(scales, k, 1), part_of(factors, k, 1), p)
-        for k, value in enumerate(wide)
-    ]
-    return mantissas, list(exponents)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _normalizing(
-    tops: jax.Array, p: float, extra: np.ndarray
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What each leaf is multiplied by before and after the power, and the exponent then left."""
-    exponents = exponent_of(tops)
-    exponents = jnp.where(exponents > ZERO, exponents, 0)
-    logs = p * exponents.astype(tops.dtype) + extra
-    whole = jnp.floor(logs)
-    return (
-        computed_once(power_of_two(-exponents, tops.dtype)),
-        computed_once(jnp.exp2(logs - whole)),
-        computed_once(whole.astype(jnp.int32)),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _power(value: jax.Array, scale: jax.Array, factor: jax.Array, p: float) -> jax.Array:
-    scale, factor = (number.reshape(()).astype(value.dtype) for number in (scale, factor))
-    return _raised(value * scale, p) * factor
-
-
-def _raised(value: jax.Array, p: float) -> jax.Array:
-    """``|value|^p``."""
-    # An absolute value that something else reads as well is written to memory: none for even p.
-    return value ** int(p) if p % 2 == 0 else jnp.abs(value) ** p
-
-
-def _squared(tree: PyTree, spec: ArchSpec, what: str) -> PyTree:
-    def square(value: Any) -> jax.Array:
-        return jnp.square(widened(value))
-
-    values = match_leaves(spec, tree, what)
-    return jax.tree.unflatten(
-        spec.treedef,
-        [
-            square(value) if leaf.trainable else value
-            for leaf, value in zip(spec.leaves, values, strict=True)
-        ],
-    )
-
-
-def _second_moments(source: Any, params: PyTree, spec: ArchSpec) -> list[Any]:
-    """One array like each parameter, from any of the sources of :func:`fisher`."""
-    if callable(source):
-        gradients = source(params)
-        flat, treedef = jax.tree.flatten(gradients)
-        shapes = [np.shape(value) for value in flat]
-        fits = treedef == spec.treedef and all(
-            not leaf.trainable or shape[len(shape) - len(leaf.shape) :] == leaf.shape
-            for leaf, shape in zip(spec.leaves, shapes, strict=True)
-        )
-        if not fits:
-            raise SpecError(
-                "fisher: the function must return a tree like the parameters, whose arrays end "
-                f"with the shapes of the parameters; it has {shapes[:4]} for "
-                f"{[leaf.shape for leaf in spec.leaves[:4]]}"
-            )
-        return [
-            jnp.square(jnp.asarray(g)).reshape(-1, *leaf.shape).sum(0) if leaf.trainable else g
-            for leaf, g in zip(spec.leaves, flat, strict=True)
-        ]
-    if jax.tree.structure(source) != spec.treedef:
-        found = optax.tree_utils.tree_get(source, "nu")
-        if found is None:
-            raise SpecError(
-                "fisher: neither a function, nor a tree like the parameters, nor the state of an "
-                "optimizer with second moments `nu`"
-            )
-        source = found
-    return match_leaves(spec, source, "fisher: second moments")
-
-
-def _check_read_once(group: NeuronGroup) -> None:
-    """One statistic says nothing of a neuron and of its square."""
-    for one, two in itertools.combinations(group.outgoing, 2):
-        both = np.intersect1d(one.index[one.index >= 0], two.index[two.index >= 0])
-        if one.power != two.power and both.size:
-            raise SpecError(
-                f"activation: in group {group.name!r} {one.path!r} and {two.path!r} read different "
-                f"powers of a neuron, {one.power:g} and {two.power:g}, and one statistic does not "
-                "describe both; pass None for this group"
-            )
-
-
-def _log_statistics(statistics: Any, spec: ArchSpec) -> tuple[jax.Array, ...]:
-    """The logarithm of each neuron's statistic; NaN for a group that has none."""
-    if isinstance(statistics, Mapping):
-        unknown = set(statistics) - {group.name for group in spec.groups}
-        if unknown:
-            known = ", ".join(repr(group.name) for group in spec.groups)
-            raise SpecError(f"activation: no group {min(unknown)!r}; there are {known}")
-        statistics = [statistics.get(group.name) for group in spec.groups]
-    if len(statistics) != len(spec.groups):
-        raise SpecError(
-            f"activation: {len(statistics)} statistics for {len(spec.groups)} groups of the spec"
-        )
-    logs = []
-    for group, value in zip(spec.groups, statistics, strict=True):
-        if value is not None and np.shape(value) != (group.size,):
-            raise SpecError(
-                f"activation: statistics of group {group.name!r} have shape {np.shape(value)}, "
-                f"not {(group.size,)}"
-            )
-        if value is not None:
-            _check_read_once(group)
-        logs.append(
-            jnp.full(group.size, -jnp.inf) if value is None else jnp.log(jnp.asarray(value))
-        )
-    return tuple(logs)
