@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pathcond_jax._spec.arrays import widened
+from pathcond_jax._spec.arrays import part_of, widened
 from pathcond_jax._spec.extended_range import (
     ZERO,
     computed_once,
     exponent_of,
     largest,
-    part_of,
     power_of_two,
 )
 from pathcond_jax._spec.spec import ArchSpec
