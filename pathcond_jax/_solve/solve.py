@@ -25,7 +25,7 @@ from pathcond_jax._solve import (
 from pathcond_jax._solve.equal_ranges import RangeProblem
 from pathcond_jax._solve.flat_objective import Minimize, Problem
 from pathcond_jax._solve.layout import layout
-from pathcond_jax._solve.objective import Goal, Objective, Ranges, path_objective
+from pathcond_jax._solve.objective import Goal, LogSum, Objective, Ranges, path_objective
 from pathcond_jax._solve.solution import Solution, Status, log_scales_of, solution_of
 from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.arrays import is_traced
@@ -190,10 +190,15 @@ def _stacked(goal: Goal, spec: ArchSpec) -> Goal:
         return goal._replace(term=stacks.stacked(goal.term, table, dtype))
     dtype = flat_objective.mass_dtype(*goal.terms, *goal.concave)
     terms, concave = (
-        tuple(stacks.stacked(term, table, dtype) for term in part)
+        tuple(_typed(stacks.stacked(term, table, dtype), dtype) for term in part)
         for part in (goal.terms, goal.concave)
     )
     return goal._replace(terms=terms, concave=concave)
+
+
+def _typed(term: LogSum, dtype: Any) -> LogSum:
+    """The weight as an array, so that what is compiled for one criterion serves the others."""
+    return term._replace(weight=jnp.asarray(term.weight).astype(dtype))
 
 
 def _method_name(method: str | None, goal: type) -> str:
