@@ -250,8 +250,8 @@ class Report:
 
     def summary(self, seconds):
         """The figures."""
-        total = [sum(column) for column in zip(*(d[:3] for d in self.dimensions), strict=True)]
-        total = total or [0] * 3
+        total = [sum(column) for column in zip(*(d[:4] for d in self.dimensions), strict=True)]
+        total = total or [0] * 4
         blamed = Counter(name for d in self.dimensions for name in d.operations)
         wrong, foreign = (sum(map(len, d.values())) for d in (self.wrong(), self.foreign()))
         parts = ", ".join(f"{name} {spent:.0f} s" for name, spent in self.seconds.items())
@@ -262,7 +262,7 @@ class Report:
                 f"with neurons; {seconds:.0f} s, {rate:.1f} a second ({parts})",
                 f"wrong: {wrong}; exceptions: {foreign}",
                 f"dimensions, of {len(self.dimensions)} programs: {total[0]} found, {total[1]} "
-                f"one-sided, {total[2]} missed in {len(self.misses)} "
+                f"one-sided, {total[3]} local only, {total[2]} missed in {len(self.misses)} "
                 f"programs; mean found/(found + missed) {mean:.4f}, of "
                 f"programs of supported operations {self.completeness(True):.4f}",
                 f"misses by pinning operation: {dict(blamed.most_common())}",

@@ -1,11 +1,12 @@
 """How control flow is built, read off shapes: versions of JAX name its parameters differently."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 
-from pathcond_jax._program.graph import Graph, Node
+from pathcond_jax._program.graph import Graph, Node, part_for, zeros_for
 
 T = TypeVar("T")
 Avals = Mapping[int, jax.ShapeDtypeStruct]
@@ -89,6 +90,29 @@ def read_scan(node: Node, avals: Avals) -> Scan:
         len(node.inputs) - num_stacked - num_carry,
         num_carry,
     )
+
+
+def live_part(loop: Scan, live: Collection[int]) -> Scan:
+    """A loop without what it does for results that nobody reads.
+
+    Such a carry passes from step to step as it came; such a stacked output is zero.
+
+    Args:
+      loop: the loop.
+      live: the numbers of the results that are read.
+    """
+    body, live = loop.body, set(live)
+    entering = body.inputs[loop.num_consts : loop.num_consts + loop.num_carry]
+    while True:
+        part, read = part_for(body, [body.outputs[k] for k in sorted(live)])
+        more = {k for k, number in enumerate(entering) if number in read} - live
+        if not more:
+            break
+        live |= more
+    part, zeros = zeros_for(part, body.outputs[loop.num_carry :])
+    dead = [*entering, *(zeros[number] for number in body.outputs[loop.num_carry :])]
+    outputs = tuple(body.outputs[k] if k in live else dead[k] for k in range(len(dead)))
+    return loop._replace(body=dataclasses.replace(part, outputs=outputs))
 
 
 def read_while(node: Node) -> While:

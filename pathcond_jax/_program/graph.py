@@ -1,7 +1,7 @@
 """A traced program as a flat list of operations: calls inlined, constants apart, no dead code."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,10 @@ class Constants(Mapping[int, Any]):
     def stored(self, number: int) -> Any:
         """A constant, needed or not; or the operation on constants that makes it, yet to be run."""
         return self._values[number]
+
+    def extended(self, values: Mapping[int, Any]) -> "Constants":
+        """These constants and others."""
+        return Constants({**self._values, **values}, [*self._numbers, *values])
 
     def _read(self, number: int) -> Any:
         later = self._values[number]
@@ -226,12 +230,36 @@ class _Builder:
 
     def graph(self, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Graph:
         """The program, without what neither its outputs nor its effects need."""
-        alive = set(outputs)
-        kept = []
-        for node in reversed(self.nodes):
-            if node.effect or alive.intersection(node.outputs):
-                kept.append(node)
-                alive.update(node.inputs)
+        kept, alive = _needed(self.nodes, outputs)
         constants = Constants(self.constants, [k for k in self.constants if k in alive])
         captured = frozenset(self.captured)
-        return Graph(inputs, outputs, tuple(reversed(kept)), constants, self.avals, captured)
+        return Graph(inputs, outputs, kept, constants, self.avals, captured)
+
+
+def _needed(
+    nodes: Sequence[Node], outputs: Iterable[int]
+) -> tuple[tuple[Node, ...], frozenset[int]]:
+    """The operations that values, or effects, need; and all values that are read."""
+    read = set(outputs)
+    kept = []
+    for node in reversed(nodes):
+        if node.effect or read.intersection(node.outputs):
+            kept.append(node)
+            read.update(node.inputs)
+    return tuple(reversed(kept)), frozenset(read)
+
+
+def part_for(graph: Graph, outputs: Iterable[int]) -> tuple[Graph, frozenset[int]]:
+    """The part of a program that makes some of its values; and all values that it reads."""
+    outputs = tuple(outputs)
+    nodes, read = _needed(graph.nodes, outputs)
+    return dataclasses.replace(graph, outputs=outputs, nodes=nodes), read
+
+
+def zeros_for(graph: Graph, numbers: Iterable[int]) -> tuple[Graph, dict[int, int]]:
+    """A program with constants, zeros like some of its values; and which stands for which."""
+    found = {number: max(graph.avals) + k for k, number in enumerate(set(numbers), start=1)}
+    like = {found[number]: graph.avals[number] for number in found}
+    zeros = {k: np.broadcast_to(np.zeros((), aval.dtype), aval.shape) for k, aval in like.items()}
+    constants = graph.constants.extended(zeros)
+    return dataclasses.replace(graph, avals={**graph.avals, **like}, constants=constants), found

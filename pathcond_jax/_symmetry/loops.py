@@ -4,14 +4,20 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
-from pathcond_jax._program.control_flow import SCAN_PARAMETERS, read_scan, read_while
+from pathcond_jax._program.control_flow import (
+    SCAN_PARAMETERS,
+    live_part,
+    read_scan,
+    read_while,
+)
 from pathcond_jax._symmetry.equations import Term
-from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, sliced, varying_axes
+from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, sliced
 from pathcond_jax._symmetry.values import (
     RULES,
     Scale,
     Scope,
     Terms,
+    axes_of,
     expand,
     mapped,
     pin,
@@ -34,7 +40,9 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     kernels of a stack of layers, makes every step another one: they follow each other, each with
     the scales that the one before has left.
     """
-    loop = read_scan(scope.node, scope.graph.avals)
+    read = set(scope.graph.outputs).union(*(other.inputs for other in scope.graph.nodes))
+    live = {k for k, number in enumerate(scope.node.outputs) if number in read}
+    loop = live_part(read_scan(scope.node, scope.graph.avals), live)
     if loop.length == 0:
         return pin(scope, *scales)
     fixed, carry, stacked = loop.inputs(scales)
@@ -100,8 +108,7 @@ def _fixed_point(
         for number in scope.node.outputs[: len(carry)]
     ]
     axes = [
-        varying_axes(x.terms) if has_scale else None
-        for x, has_scale in zip(carry, inexact, strict=True)
+        axes_of(x.terms) if has_scale else None for x, has_scale in zip(carry, inexact, strict=True)
     ]
     while True:
         before = analysis.mark()
@@ -111,7 +118,7 @@ def _fixed_point(
         ]
         results = step(entered)
         found = [
-            None if varying is None else varying | varying_axes(x.terms)
+            None if varying is None else varying | axes_of(x.terms)
             for x, varying in zip(results, axes, strict=False)
         ]
         if found == axes:

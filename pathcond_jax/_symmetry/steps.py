@@ -23,10 +23,10 @@ from pathcond_jax._symmetry.values import (
     Scale,
     Scope,
     Terms,
+    axes_of,
     connected,
     expand,
     mapped,
-    support,
 )
 
 # Bounds on what is written down: operations analysed one by one, labels of all steps together.
@@ -146,11 +146,6 @@ def sliced(scale: Scale, position: int) -> Scale:
     return Scale(terms, scale.signal, scale.cause)
 
 
-def varying_axes(terms: Terms) -> frozenset[int]:
-    """The axes along which a scale varies."""
-    return frozenset[int]().union(*map(support, terms))
-
-
 def follow(loop: Loop) -> list[Terms] | None:
     """The scales of a loop's results, each step with scales of its own.
 
@@ -163,7 +158,7 @@ def follow(loop: Loop) -> list[Terms] | None:
     before = analysis.mark()
     held = _held(loop, slices) - analysis.moved
     forms = [
-        None if loop.scan.passes(k) or not x.terms else varying_axes(x.terms)
+        None if loop.scan.passes(k) or not x.terms else axes_of(x.terms)
         for k, x in enumerate(loop.carry)
     ]
     while True:
@@ -259,7 +254,7 @@ def _analysed(
     wider = [
         None
         if form is None and (loop.scan.passes(k) or not x.terms)
-        else (form or frozenset()) | varying_axes(expand(x, len(shape)))
+        else (form or frozenset()) | axes_of(expand(x, len(shape)))
         for k, (x, (form, shape)) in enumerate(zip(left, carries, strict=True))
     ]
     for x, (form, shape) in zip(left, carries, strict=True):

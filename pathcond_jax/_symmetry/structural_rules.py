@@ -125,12 +125,10 @@ def rev(scope: Scope, labels: np.ndarray) -> np.ndarray:
 
 @rule("pad", reads=("padding_config",))
 def pad(scope: Scope, scale: Scale, value: Scale) -> list[Terms]:
-    """Padding with zeros fits every scale, padding with other constants none."""
+    """Padding with zeros fits every scale; other fillings have the scale of what is filled in."""
     ndim = len(scope.out_shape())
     if not is_wild(value.terms):
-        scope.equate((scale, value), ndim, "fills in a constant that fixes the scale")
-        # Entries and filling now have one scale, whatever the size.
-        return [expand(value, ndim)]
+        return [_filled(scope, scale, value)]
 
     def move(labels: np.ndarray) -> np.ndarray:
         config = scope.params["padding_config"]
@@ -146,6 +144,23 @@ def pad(scope: Scope, scale: Scale, value: Scale) -> list[Terms]:
         return labels
 
     return [mapped(scale.terms, move)]
+
+
+def _filled(scope: Scope, scale: Scale, value: Scale) -> Terms:
+    """Scales with those of a filling between them, along the axes that are padded."""
+    config, shape = scope.params["padding_config"], scope.shape(0)
+    for terms in (scale.terms, value.terms):
+        scope.ask_to_join(terms)
+    labels = scope.single(scale, len(shape))
+    each = zip(shape, labels.shape, config, strict=True)
+    full = [n if any(padding) else m for n, m, padding in each]
+    if math.prod(scope.out_shape()) > MAX_JOINT:
+        return scope.equate((scale, value), len(shape), "fills in a constant that fixes the scale")
+    # Label numbers are positions in one list, below 2^31.
+    with jax.ensure_compile_time_eval():
+        wide = jnp.asarray(np.broadcast_to(labels, full), np.int32)
+        moved = jax.lax.pad(wide, jnp.asarray(scope.single(value, 0), np.int32), config)
+    return (Term(1.0, narrowed(np.asarray(moved).astype(np.int64))),)
 
 
 @rule("concatenate", reads=("dimension",))

@@ -90,7 +90,7 @@ class Analysis:
         self.refused: list[tuple[int, tuple[int, ...]]] = []
         self.moved: set[tuple[int, tuple[int, ...]]] = set()
         self.rounded: list[tuple[Node, Any, np.ndarray]] = []
-        self._constants: dict[tuple[int, int], Scale] = {}
+        self._constants: dict[tuple[Graph, int], Scale] = {}
 
     def leaf(self, number: int) -> Scale:
         """Unknown log-scales for a parameter, one label array per set of its axes."""
@@ -104,8 +104,8 @@ class Analysis:
 
     def mark(self) -> tuple[Any, ...]:
         """How far the analysis is, for :meth:`forget`."""
-        lists = (len(self.reasons), len(self.requests), len(self.rounded))
-        return (self.equations.mark(), lists, frozenset(self.moved))
+        lists = map(len, (self.reasons, self.requests, self.rounded))
+        return (self.equations.mark(), tuple(lists), frozenset(self.moved))
 
     def forget(self, mark: tuple[Any, ...]) -> None:
         """Undoes what happened since ``mark``."""
@@ -161,15 +161,13 @@ class Analysis:
 
     def _constant(self, graph: Graph, number: int) -> Scale:
         """Zeros, infinities and NaN fit every scale, other constants only the scale 1."""
-        key = (id(graph), number)
+        key = (graph, number)
         if key not in self._constants:
             known = jnp.issubdtype(graph.avals[number].dtype, jnp.inexact)
             free = fits_every_scale(_computed(graph, number)) if known else np.zeros(())
             # Zeros that come from outside, such as the first running means, are there to change.
-            if free.any() and not (free.all() and number in graph.captured):
-                self._constants[key] = Scale((Term(1.0, np.where(free, WILD, 0)),))
-            else:
-                self._constants[key] = Scale()
+            zeros = free.any() and not (free.all() and number in graph.captured)
+            self._constants[key] = Scale((Term(1.0, np.where(free, WILD, 0)),) if zeros else ())
         return self._constants[key]
 
 
@@ -325,7 +323,7 @@ class Scope:
         self.analysis.vanish(difference, self.because(because))
         if not has_wild((*one, *two)):
             # Prefer what operations have named over labels of leaves, then what names more axes.
-            return min(one, two, key=lambda terms: (any(map(self.leaf_blocks, terms)), not terms))
+            return min(one, two, key=lambda x: (any(map(self.leaf_blocks, x)), -len(axes_of(x))))
         if not (has_wild(one) and has_wild(two)):
             # Where one side is zero, the other's scale holds: it holds everywhere. Labels of the
             # size of a mask would be carried on.
@@ -430,23 +428,26 @@ def _passed(scope: Scope, scales: Sequence[Scale]) -> Sequence[Terms]:
 
 
 def _check_shapes(terms: Terms, shape: tuple[int, ...]) -> None:
+    allowed = {(n, m) for m in shape for n in (1, m)}
     for term in terms:
         sizes = term.labels.shape
-        if len(sizes) != len(shape) or any(
-            n not in (1, m) for n, m in zip(sizes, shape, strict=True)
-        ):
+        if len(sizes) != len(shape) or not set(zip(sizes, shape, strict=True)) <= allowed:
             raise ValueError(f"labels of shape {sizes} for a value of shape {shape}")
 
 
 def varies(terms: Iterable[Term], axes: Iterable[int]) -> bool:
     """Whether a scale varies along any of ``axes``."""
-    axes = tuple(axes)
-    return any(term.labels.shape[a] > 1 for term in terms for a in axes)
+    return not axes_of(terms).isdisjoint(axes)
 
 
 def support(term: Term) -> frozenset[int]:
     """The axes along which a term varies."""
     return frozenset(a for a, n in enumerate(term.labels.shape) if n > 1)
+
+
+def axes_of(terms: Iterable[Term]) -> frozenset[int]:
+    """The axes along which a scale varies."""
+    return frozenset[int]().union(*map(support, terms))
 
 
 def connected(terms: Iterable[Term]) -> list[list[Term]]:
@@ -465,10 +466,8 @@ def connected(terms: Iterable[Term]) -> list[list[Term]]:
             else:
                 apart.append((other_support, other))
         groups = [*apart, (joined, members)]
-    found = [members for _, members in groups]
-    if constant:
-        found = [found[0] + constant, *found[1:]] if found else [constant]
-    return found
+    found = [members for _, members in groups] or [[]]
+    return [part for part in ([*found[0], *constant], *found[1:]) if part]
 
 
 def is_wild(terms: Sequence[Term]) -> bool:

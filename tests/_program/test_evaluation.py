@@ -148,7 +148,8 @@ def test_few_frequent_operations_are_left_to_jax():
         if eqn.primitive not in primitives.calls()
     }
     left = {p.name for p in occurring if p not in evaluation.RULES}
-    assert all(name.startswith("scatter") for name in left - {"fft"})
+    rare = {"fft", "ragged_dot_general", "reduce", "reduce_window"}
+    assert all(name.startswith("scatter") for name in left - rare)
     assert evaluation.RULES.unresolved <= set(primitives.ABSENT)
 
 

@@ -185,6 +185,22 @@ def of_the_signal(params, h):
     return h[0, 0]
 
 
+def padded_by(value, config):
+    def padded(h, params):
+        return jax.lax.pad(h, value(params, h), config)[:, :4]
+
+    return padded
+
+
+PADDED = {
+    "padded by a constant": (padded_by(constant(1.0), ((0, 0, 0), (1, 0, 0))), 3),
+    "padded by an entry": (padded_by(of_the_signal, ((0, 0, 0), (1, 0, 0))), 3),
+    "padded between": (padded_by(of_the_signal, ((0, 0, 0), (0, -1, 1))), 2),
+    "cut off only": (padded_by(constant(1.0), ((-1, 0, 0), (-1, 1, 0))), 3),
+    "padded rows": (padded_by(of_the_signal, ((1, 0, 0), (0, 0, 0))), 1),
+    "padded rows by a constant": (padded_by(constant(1.0), ((1, 0, 0), (0, 0, 0))), 0),
+}
+
 REDUCTIONS = {
     "reduced by sums": (reduced_by(constant(0.0), jax.lax.add), 4),
     "reduced by sums from one": (reduced_by(constant(1.0), jax.lax.add), 0),
@@ -237,7 +253,34 @@ EXPERTS_CASES = {
     "experts with rows of the input": (mixture(sizes_of_input), EXPERTS | {"b": (4,)}, (5, 3), 4),
 }
 
+
+def carried_in_vain(params, x):
+    """A loop that also carries what nobody reads."""
+
+    def step(carry, row):
+        h, unread = carry
+        made = jax.nn.relu(row @ params["w"])
+        return (h + made, jnp.tanh(unread + made)), jnp.exp(made)
+
+    (h, _), _ = jax.lax.scan(step, (jnp.zeros(4), jnp.ones(4)), x)
+    return h @ params["v"]
+
+
+def carried_and_read(params, x):
+    """A loop whose one result reads what it carries beside it."""
+
+    def step(carry, row):
+        h, other = carry
+        made = jax.nn.relu(row @ params["w"])
+        return (h + other, made), made
+
+    (h, _), _ = jax.lax.scan(step, (jnp.zeros(4), jnp.ones(4)), x)
+    return h @ params["v"]
+
+
 OTHERWISE = {
+    carried_in_vain: (LAYERS, (5, 3), 4),
+    carried_and_read: (LAYERS, (5, 3), 0),
     kernels_of_groups: (LAYERS, (5, 3), 4),
     diagonal: ({"d": (3,), "w": (3, 2)}, (5, 3), 3),
     strided: ({"w": (3, 4), "v": (2, 2)}, (5, 3), 2),
@@ -245,7 +288,7 @@ OTHERWISE = {
 }
 
 CASES = EXCHANGED | OTHERWISE
-CHANGES = POSITIONS | REDUCTIONS
+CHANGES = POSITIONS | PADDED | REDUCTIONS
 NAMED = {name: (around(change), LAYERS, (5, 3), n) for name, (change, n) in CHANGES.items()}
 NAMED |= {function.__name__: (function, *case) for function, case in CASES.items()}
 NAMED |= EXPERTS_CASES

@@ -230,7 +230,7 @@ PROGRAMS = {
     unstacked: 5,
     # All channels and the filling have one scale.
     padded_with_a_parameter: 1,
-    padded_and_cut: 0,
+    padded_and_cut: 4,
 }
 
 

@@ -37,6 +37,7 @@ class Dimensions(NamedTuple):
       found: the neurons of the spec, those of dead parameters aside, whatever powers entries take.
       one_sided: directions in which entries only grow.
       missed: the other directions that the spec lacks.
+      local: those that hold near the parameters drawn only, not at small or large ones.
       operations: those that pin what moves in these, by name.
       supported: whether all operations of the program have a rule, or no scale to pass.
     """
@@ -44,6 +45,7 @@ class Dimensions(NamedTuple):
     found: int
     one_sided: int
     missed: int
+    local: int = 0
     operations: tuple[str, ...] = ()
     supported: bool = True
 
@@ -439,7 +441,11 @@ def count_dimensions(subject, rng):
             counts["missed"] += 1
             operations |= _pinning(subject, live[abs(direction) > 1e-6])
     return Dimensions(
-        int(rank), **counts, operations=tuple(sorted(operations)), supported=_is_supported(subject)
+        int(rank),
+        **counts,
+        local=len(null) - np.linalg.matrix_rank(known, tol=1e-6),
+        operations=tuple(sorted(operations)),
+        supported=_is_supported(subject),
     )
 
 
