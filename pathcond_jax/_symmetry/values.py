@@ -104,8 +104,8 @@ class Analysis:
 
     def mark(self) -> tuple[Any, ...]:
         """How far the analysis is, for :meth:`forget`."""
-        lists = map(len, (self.reasons, self.requests, self.rounded))
-        return (self.equations.mark(), tuple(lists), frozenset(self.moved))
+        lists = (len(self.reasons), len(self.requests), len(self.rounded))
+        return (self.equations.mark(), lists, frozenset(self.moved))
 
     def forget(self, mark: tuple[Any, ...]) -> None:
         """Undoes what happened since ``mark``."""
