@@ -443,7 +443,7 @@ def count_dimensions(subject, rng):
     return Dimensions(
         int(rank),
         **counts,
-        local=len(null) - np.linalg.matrix_rank(known, tol=1e-6),
+        local=int(len(null) - np.linalg.matrix_rank(known, tol=1e-6)),
         operations=tuple(sorted(operations)),
         supported=_is_supported(subject),
     )
