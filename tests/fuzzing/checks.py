@@ -37,7 +37,7 @@ class Dimensions(NamedTuple):
       found: the neurons of the spec, those of dead parameters aside, whatever powers entries take.
       one_sided: directions in which entries only grow.
       missed: the other directions that the spec lacks.
-      local: those that hold near the parameters drawn only, not at small or large ones.
+      local: those that hold for what is drawn only, not for other, small or large parameters.
       operations: those that pin what moves in these, by name.
       supported: whether all operations of the program have a rule, or no scale to pass.
     """
@@ -469,7 +469,8 @@ def _null_space(subject, rng):
     entries = len(subject.directions)
     draw = functools.partial(subject.program.draw, rng)
     width = subject.outputs(*draw(1)).shape[1]
-    samples = max(3, -(-(entries + 8) // width))
+    # Rectifiers that are on in few samples say little about their parameters there.
+    samples = 4 * max(3, -(-(entries + 8) // width))
     nothing = None, None
     if samples * 2 * entries > _MAX_SAMPLES:
         return nothing
