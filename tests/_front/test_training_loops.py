@@ -28,7 +28,8 @@ def squared_error(outputs):
 
 
 def assert_same_function(before, after):
-    np.testing.assert_allclose(before, after, rtol=1e-4, atol=2e-5)
+    """To what rounding in float32 makes of a few layers."""
+    np.testing.assert_allclose(after, before, rtol=0, atol=5e-6 * float(jnp.abs(before).max()))
 
 
 def recipe(spec, **options):
