@@ -129,9 +129,6 @@ def _foreign(name, error):
     return checks.Failure(f"{kind}: {type(error).__name__} in {name} at {where}", message)
 
 
-# --- shrinking ------------------------------------------------------------------------------------
-
-
 def smaller(recipe):
     """The recipes with one step less, inner steps included."""
     steps = recipe.steps
@@ -192,9 +189,6 @@ def listing(recipe, seed):
     text = str(program.jaxpr().jaxpr)
     lines += [f"    | {line}" for line in text.splitlines()[:40]]
     return "\n".join(lines)
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass

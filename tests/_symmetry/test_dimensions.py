@@ -49,12 +49,9 @@ def dimension(apply_fn, shapes, input_shape):
 
 def traced(apply_fn, shapes, input_shape):
     params = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in shapes.items()}
-    # The dimension is the check.
     x = jax.ShapeDtypeStruct(input_shape, np.float64)
-    return pathcond.trace_spec(apply_fn, params, x, check=False)
+    return pathcond.trace_spec(apply_fn, params, x)
 
-
-# --- scales exchanged along whole axes ------------------------------------------------------------
 
 MIXER = {"scale": (4,), "bias": (4,), "w": (3, 5), "c": (5,), "v": (5, 3), "d": (3,)}
 
@@ -107,8 +104,6 @@ EXCHANGED = {
     outer_product_of_itself: ({"w": (3, 4), "v": (4, 2)}, (2, 3), 0),
 }
 
-# --- entries put at known positions ---------------------------------------------------------------
-
 LAYERS = {"w": (3, 4), "v": (4, 2)}
 
 
@@ -141,8 +136,6 @@ POSITIONS = {
     "a slice overwritten": (lambda h, p: jax.lax.dynamic_update_slice(h, h[:, :1], (0, 2)), 3),
     "a slice of ones": (lambda h, p: jax.lax.dynamic_update_slice(h, jnp.ones((5, 2)), (0, 9)), 2),
 }
-
-# --- masks, windows, products ---------------------------------------------------------------------
 
 
 def diagonal(params, x):

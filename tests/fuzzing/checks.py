@@ -150,9 +150,6 @@ def directions(spec):
     return matrix
 
 
-# --- symmetries -----------------------------------------------------------------------------------
-
-
 def check_symmetries(subject, rng):
     """A failure if a rescaling changes an output, else None."""
     change, detail = _largest_change(subject, rng, subject.outputs)
@@ -233,8 +230,6 @@ def _change(before, after):
         difference = np.where(finite, abs(after - before), 0.0) / size
     return np.inf if np.isnan(difference).any() else float(difference.max(initial=0.0))
 
-
-# --- the library's own functions ------------------------------------------------------------------
 
 _EXPLAINED = (pathcond.SpecError, pathcond.NotPathLiftableError, OverflowError)
 
@@ -412,9 +407,6 @@ def _plain_constants(closed):
             inner = [getattr(v, "jaxpr", v) for v in eqn.params.values()]
             pending += [v for v in inner if hasattr(v, "eqns")]
     return True
-
-
-# --- completeness ---------------------------------------------------------------------------------
 
 
 def count_dimensions(subject, rng):

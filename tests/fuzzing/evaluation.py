@@ -105,9 +105,6 @@ _CALLS = frozenset(
 )
 
 
-# --- primitives that JAX runs ---------------------------------------------------------------------
-
-
 @functools.cache
 def _compiled(primitive, params, batched):
     params = dict(params)
@@ -145,9 +142,6 @@ def _in_jax(eqn, values):
 def _padded(value):
     missing = _CHUNK - len(value)
     return _joined([value] + [value[-1:]] * missing) if missing else value
-
-
-# --- control flow ---------------------------------------------------------------------------------
 
 
 def _body(closed):
@@ -322,9 +316,6 @@ CONTROL = {
     "swap": _swap,
     "addupdate": _add_to,
 }
-
-
-# --- primitives in numpy --------------------------------------------------------------------------
 
 
 def _elementwise(function):
