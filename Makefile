@@ -7,7 +7,7 @@ ARGS ?=
 COUNT ?= 1000
 SEED ?= 0
 # Whatever depends on what the versions of JAX, Flax and optax trace to, or keep in their states.
-CORE = condition control_flow export front_doors golden registry rules_that_fail spec symmetry transforms transport travel unusual_parameters zoo
+CORE = condition control_flow evaluation export front_doors golden inference origin registry rules_that_fail scanned_stacks spec symmetry transforms transport travel unusual_parameters verify zoo
 
 # The first interpreter that runs (a shim may exist and fail), is new enough and can make a venv.
 usable = -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
