@@ -157,10 +157,16 @@ def _select(scope: Scope, which: Scale, *cases: Scale) -> list[Terms]:
 
 
 def _meets_zeros(mask: np.ndarray, cases: Sequence[Scale]) -> bool:
-    """Whether a mask puts zeros into a value along axes on which its scale varies."""
+    """Whether a mask puts zeros into a value along axes on which its scale varies.
+
+    A masked kernel keeps the labels of its axes, which are its neurons; one for each entry would
+    hide them. Only where no more than a diagonal is left are its entries what is scaled.
+    """
     masked = [axis for axis, n in enumerate(mask.shape) if n > 1]
-    rest = [case.terms for case in cases if not is_wild(case.terms)]
-    return len(rest) < len(cases) and any(varies(terms, masked) for terms in rest)
+    rest = [k for k, case in enumerate(cases) if not is_wild(case.terms)]
+    diagonal = np.isin(mask, rest).sum(-1).max(initial=0) <= 1 if mask.ndim else False
+    followed = [cases[k] for k in rest if diagonal or cases[k].signal]
+    return len(rest) < len(cases) and any(varies(case.terms, masked) for case in followed)
 
 
 @rule("clamp")

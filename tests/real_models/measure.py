@@ -72,9 +72,11 @@ def measure(name: str) -> Measurement:
 
 
 def _precision(model: Model) -> float:
-    """The largest machine epsilon of what is computed."""
+    """The largest machine epsilon of parameters and of what is computed from them."""
     closed = jax.make_jaxpr(model.apply_fn)(model.params, *model.inputs)
-    floating = {d for d in _dtypes(closed.jaxpr) if jnp.issubdtype(d, jnp.floating)}
+    kept = {jnp.result_type(leaf) for leaf in jax.tree.leaves(model.params)}
+    computed = {*kept, *_dtypes(closed.jaxpr)}
+    floating = {dtype for dtype in computed if jnp.issubdtype(dtype, jnp.floating)}
     return max(float(jnp.finfo(dtype).eps) for dtype in floating)
 
 
