@@ -17,7 +17,8 @@ def inference_form(graph: Graph, states: Collection[int]) -> Graph:
     A network in training mode normalizes by the mean and variance of the batch, and returns the
     running averages that inference will use, ``m · running + (1 − m) · batch``. Such an output says
     which value of the program a state stands for: with the state in its place, and without the new
-    averages among the outputs, the program is that of inference.
+    averages among the outputs, the program is that of inference. What may be rescaled in the one
+    may be in the other: an average that is put out does not change, nor does what it is of.
 
     Args:
       graph: the program.

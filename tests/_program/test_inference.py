@@ -62,3 +62,21 @@ def test_conditioning_by_a_spec_of_training_mode_keeps_both_functions(variables,
             jax.tree.leaves(Residual().apply(tree, x, **options))[0] for tree in (variables, moved)
         )
         np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_that_is_put_out_keeps_its_scale_in_both_modes():
+    """Without a variance to divide by, the mean moves with its neurons, and they are pinned."""
+
+    def centred(variables, x):
+        params, running = variables["params"], variables["running"]
+        hidden = jax.nn.relu(x @ params["w"])
+        mean = hidden.mean(0)
+        outputs = (hidden - mean[None]) @ params["v"]
+        return outputs, 0.9 * running + 0.1 * mean
+
+    params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+    variables = {"params": params, "running": jnp.ones(4)}
+    spec = pathcond.trace_spec(centred, variables, jnp.ones((5, 3)))
+    assert spec.num_neurons == 0
+    # 3 · 4 paths of inputs and 4 of running means end in each of 2 outputs.
+    assert pathcond.path_norm(variables, spec, order=1) == 2 * (3 * 4 + 4)
