@@ -57,13 +57,16 @@ format: $(VENV)/installed  ## mend style and formatting
 typecheck: $(VENV)/installed  ## check types
 	$(VENV)/bin/mypy
 
-wheel: $(VENV)/installed  ## build the wheel and try it in an empty environment
+wheel: $(VENV)/installed  ## build wheel and sdist, check them, try the wheel in an empty environment
 	rm -rf dist build/venv
-	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m build --quiet --outdir dist
+	$(VENV)/bin/twine check --strict dist/*
 	$(VENV)/bin/python -m venv build/venv
 	build/venv/bin/python $(pip_install) dist/*.whl
-	cd build && venv/bin/python -W error -c 'import pathcond_jax; print("imported", pathcond_jax.__file__)'
+	cd build && venv/bin/python -W error ../tests/packaging/user_script.py
+	cd build && venv/bin/pathcond --version
 	cd build && venv/bin/pathcond --help
+	cd build && ../$(VENV)/bin/mypy --config-file= --cache-dir=mypy --strict --python-executable venv/bin/python ../tests/packaging/user_script.py
 
 # Not all tests: what a version changes shows in these, for a third of the time; the others ask what
 # the library computes from a traced program, and `make test PYTHON=... VENV=...` runs them anywhere.

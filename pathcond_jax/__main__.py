@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pathcond_jax import __version__
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -90,17 +92,17 @@ def _run_operations(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "demo": Command(
-        "condition two networks, check that their functions stay, train them on digits",
+        "train two networks on digits, before and after conditioning",
         _add_run_arguments,
         _run_demo,
     ),
     "reproduce": Command(
-        "run a study of the paper, or one of this library's own",
+        "run a study, and write its numbers and its figure",
         _add_reproduce_arguments,
         _run_reproduce,
     ),
     "inspect": Command(
-        "show what may be rescaled in your own network, and what conditioning would do",
+        "show what may be rescaled in your network, and what it would do",
         _add_inspect_arguments,
         _run_inspect,
     ),
@@ -114,10 +116,17 @@ COMMANDS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line, built from the table."""
-    top = argparse.ArgumentParser(prog="pathcond", description="Path-conditioned training in JAX.")
+    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+    top = argparse.ArgumentParser(
+        prog="pathcond",
+        description="Path-conditioned training in JAX.",
+        epilog="\n".join(["commands (pathcond COMMAND --help says more):", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        sub = subparsers.add_parser(name, description=command.summary)
         command.add_arguments(sub)
     return top
 

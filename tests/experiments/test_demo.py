@@ -293,12 +293,25 @@ def test_the_demo_runs_from_the_command_line(tmp_path, capsys):
     assert max(map(float, differences)) < 1e-4
 
 
-def test_help_names_every_command(capsys):
+def test_help_has_one_line_for_every_command(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in cli.COMMANDS)
+    for name, command in cli.COMMANDS.items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
+        assert line.endswith(command.summary)
+        assert len(line) < 80
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"pathcond {pathcond.__version__}\n"
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {pathcond.__version__}\n" in citation
+    assert f"\n## {pathcond.__version__}\n" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
