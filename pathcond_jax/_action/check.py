@@ -19,6 +19,8 @@ from pathcond_jax._spec.types import PyTree, SpecError
 _MOST_DRAWS = 16
 # Computation in float32 moves outputs by less.
 _ROUNDING = 1e-4
+# Of a change that rounding explains, as much comes from the last places of the parameters.
+_SHARE_OF_ROUNDING = 0.1
 
 
 def check_spec(
@@ -40,6 +42,8 @@ def check_spec(
     Returns:
       The largest change of any output, relative to the largest entry of that output. NaN, with a
       warning, if all outputs are zero and so say nothing; NaN too if one is NaN or infinite.
+      Outputs that are themselves what rounding leaves of a sum, which the last places of the
+      parameters move as much, are compared under powers of two, which round nothing.
       Where values that neurons scale are rounded to a lower precision, as ``spec.rounded`` lists,
       the outputs move by this rounding, however right the spec: a warning then says so, and by how
       much powers of two move them.
@@ -84,6 +88,11 @@ def check_spec(
             f"powers of two: {rounded_at(spec.rounded)}",
             stacklevel=2,
         )
+    elif worst > _ROUNDING:
+        near = apply_fn(_rounded_otherwise(key_of_zeros, spec, params), *chosen)
+        rounding = np.max([0.0, *map(_relative_change, before, jax.tree.leaves(near))])
+        if rounding > _SHARE_OF_ROUNDING * worst:
+            return float(np.max([change(round_to_powers_of_two(z)) for z in drawn_scales]))
     return worst
 
 
@@ -94,6 +103,25 @@ def _without_zeros(key: jax.Array, spec: ArchSpec, params: PyTree) -> PyTree:
     return spec.treedef.unflatten(
         _drawn_for_zeros(k, jnp.asarray(value)) if leaf.trainable else value
         for k, leaf, value in zip(keys, spec.leaves, values, strict=True)
+    )
+
+
+def _rounded_otherwise(key: jax.Array, spec: ArchSpec, params: PyTree) -> PyTree:
+    """The parameters, their last places changed at random."""
+    values = match_leaves(spec, params)
+    keys = jax.random.split(key, len(values))
+    return spec.treedef.unflatten(
+        value + _last_places(k, value) if leaf.trainable else value
+        for k, leaf, value in zip(keys, spec.leaves, values, strict=True)
+    )
+
+
+def _last_places(key: jax.Array, value: jax.Array) -> jax.Array:
+    return (
+        2
+        * jnp.finfo(value.dtype).eps
+        * value
+        * jax.random.rademacher(key, value.shape, value.dtype)
     )
 
 

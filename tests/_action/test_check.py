@@ -60,6 +60,33 @@ def test_outputs_that_are_zero_whatever_the_parameters_say_nothing():
         assert math.isnan(pathcond.check_spec(spec, params, jnp.zeros((4, 3))))
 
 
+def of_opposite_sums(params, x):
+    """Zero but for rounding, as the same products are added up in two orders."""
+    h = jax.nn.relu(x @ params["w"] + params["b"][None])
+    return h @ params["v"] - h[:, ::-1] @ params["v"][::-1]
+
+
+def beside_a_large_number(params, x):
+    return (network(params, x) + 1e5) - 1e5
+
+
+def test_what_rounding_leaves_is_compared_under_scales_that_round_nothing():
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 50), "b": (50,), "v": (50, 3)}
+    params = {name: jnp.asarray(rng.normal(size=s), "float32") for name, s in shapes.items()}
+
+    spec = pathcond.trace_spec(of_opposite_sums, params, X)
+
+    assert spec.num_neurons >= 50
+    assert pathcond.check_spec(spec, params, X) == 0
+
+
+def test_a_wrong_spec_beside_a_large_number_is_told_apart_from_rounding():
+    params, _ = traced()
+    spec = pathcond.trace_spec(beside_a_large_number, params, X)
+    assert pathcond.check_spec(without(spec, "b"), params, X) > 1e-1
+
+
 def test_a_spec_without_neurons_can_be_checked():
     params = {"w": jnp.ones((3, 4))}
     spec = pathcond.trace_spec(lambda params, x: x @ params["w"], params, X)
