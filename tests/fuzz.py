@@ -18,8 +18,10 @@ import jax
 import jax.extend.core.primitives
 import numpy as np
 from fuzzing import checks, evaluation
+from fuzzing.dimensions import Dimensions, count_dimensions
 from fuzzing.operations import UNUSUAL
 from fuzzing.programs import Program, random_recipe
+from fuzzing.subject import Subject
 
 import pathcond_jax as pathcond
 
@@ -52,7 +54,7 @@ class Outcome:
     """
 
     failure: checks.Failure | None = None
-    dimensions: checks.Dimensions | None = None
+    dimensions: Dimensions | None = None
     neurons: int = 0
     steps: tuple[str, ...] = ()
     primitives: frozenset[str] = frozenset()
@@ -104,7 +106,7 @@ def _traced(recipe, outcome):
         return
     outcome.primitives = frozenset(evaluation.primitives_of(program.jaxpr()))
     try:
-        outcome.subject = checks.Subject(program)
+        outcome.subject = Subject(program)
     except pathcond.SpecError:
         return
     outcome.refused = False
@@ -115,7 +117,7 @@ def _traced(recipe, outcome):
 
 
 def _counted(outcome, rng):
-    outcome.dimensions = checks.count_dimensions(outcome.subject, rng)
+    outcome.dimensions = count_dimensions(outcome.subject, rng)
 
 
 def _foreign(name, error):

@@ -6,6 +6,7 @@ import fuzz
 import jax
 import numpy as np
 import pytest
+from fuzzing import subject
 
 _BLOCKS, _PROGRAMS = 20, 25
 
@@ -74,8 +75,8 @@ def test_the_fuzzers_evaluation_is_that_of_jax():
 @pytest.mark.usefixtures("x64", "promotion")
 def test_a_wrong_symmetry_is_found_and_shrunk(monkeypatch):
     # As if every neuron could scale all parameters up.
-    honest = fuzz.checks.directions
-    monkeypatch.setattr(fuzz.checks, "directions", lambda spec: honest(spec) ** 0)
+    honest = subject.directions
+    monkeypatch.setattr(subject, "directions", lambda spec: honest(spec) ** 0)
     rates = fuzz.Rates(0.0, 0.0, 0.0)
     recipe = next(
         r for r in map(fuzz.random_recipe, range(100)) if fuzz.examine(r, 0, rates).failure

@@ -1,26 +1,17 @@
 """What must hold for every program: the checks of the fuzzer."""
 
 import functools
-import inspect
 import warnings
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 import pathcond_jax as pathcond
-from fuzzing import evaluation
-from pathcond_jax._program import kinds, primitives
-from pathcond_jax._symmetry.values import RULES
+from fuzzing.subject import relative_change
 
 # Scales of which all roots and powers are powers of two, so that nothing is rounded.
 _EXACT = np.log(64.0)
 _CHANGED = 1e-9
-# Parameters and inputs are of size one: outputs below this may have cancelled.
-_SMALL = 1e-6
-_STEP = 2e-5
-_RANK, _AMBIGUOUS = 1e-6, 1e-9
-_MAX_SAMPLES = 6000
 
 
 class Failure(NamedTuple):
@@ -28,126 +19,6 @@ class Failure(NamedTuple):
 
     kind: str
     detail: str
-
-
-class Dimensions(NamedTuple):
-    """How many dimensions of diagonal rescalings a program has.
-
-    Attributes:
-      found: the neurons of the spec, those of dead parameters aside, whatever powers entries take.
-      one_sided: directions in which entries only grow.
-      missed: the other directions that the spec lacks.
-      local: those that hold for what is drawn only, not for other, small or large parameters.
-      operations: those that pin what moves in these, by name.
-      supported: whether all operations of the program have a rule, or no scale to pass.
-    """
-
-    found: int
-    one_sided: int
-    missed: int
-    local: int = 0
-    operations: tuple[str, ...] = ()
-    supported: bool = True
-
-
-class Subject:
-    """A program, traced once, with its spec.
-
-    Raises:
-      Whatever ``trace_spec`` raises.
-    """
-
-    def __init__(self, program):
-        self.program = program
-        self.closed = program.jaxpr()
-        self.primitives = evaluation.primitives_of(self.closed)
-        params, *inputs = program.abstract()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            self.spec = pathcond.trace_spec(_named(program), params, *inputs, **_unchecked())
-        # A rule that fails pins and warns: sound, and yet to be mended.
-        self.warnings = [str(w.message) for w in said if w.category.__name__ == "RuleFailedWarning"]
-        self.directions = directions(self.spec)
-        self.names = sorted(program.shapes)
-        self._compiled = None
-
-    def outputs(self, params, x, n):
-        """The outputs of all samples, (samples, entries)."""
-        arguments = [params[name] for name in self.names] + [x, n]
-        try:
-            results = evaluation.evaluate(self.closed, arguments)
-        except evaluation.CannotEvaluateError:
-            return self.outputs_in_jax(params, x, n)
-        return _flat(results, len(x))
-
-    def outputs_in_jax(self, params, x, n):
-        """The same, by JAX alone."""
-        self._compiled = self._compiled or jax.jit(lambda *arguments: self.program(*arguments))
-        samples = [
-            ({name: params[name][k] for name in self.names}, x[k], n[k]) for k in range(len(x))
-        ]
-        try:
-            rows = [self._compiled(*sample) for sample in samples]
-        except (NotImplementedError, TypeError, ValueError):
-            # Some programs of references run, but cannot be compiled.
-            rows = [self.program(*sample) for sample in samples]
-        columns = [np.stack([np.asarray(row[j]) for row in rows]) for j in range(len(rows[0]))]
-        return _flat(columns, len(x))
-
-    def moved(self, params, log_factors):
-        """Parameters whose entries are multiplied by e^log_factors, (samples, entries)."""
-        start, result = 0, {}
-        for name in self.names:
-            size = evaluation.size(self.program.shapes[name])
-            part = log_factors[:, start : start + size]
-            result[name] = params[name] * _exp(part).reshape(-1, *self.program.shapes[name])
-            start += size
-        return result
-
-
-def _exp(logs):
-    """e^logs, exact where it is a power of two."""
-    powers = logs / np.log(2.0)
-    nearest = np.round(powers)
-    return np.where(abs(powers - nearest) < 1e-9, np.exp2(nearest), np.exp(logs))
-
-
-def _flat(results, count):
-    wide = [np.broadcast_to(r, (count, *r.shape[1:])).reshape(count, -1) for r in results]
-    return np.concatenate(wide, 1).astype(np.float64)
-
-
-def _named(program):
-    """Each program is a function of its own to JAX, which remembers what it has traced."""
-    return lambda params, x, n: program(params, x, n)
-
-
-@functools.cache
-def _unchecked():
-    """The analysis is fuzzed; its own numeric check, where it has one, would hide its errors."""
-    known = inspect.signature(pathcond.trace_spec).parameters
-    return {"check": False} if "check" in known else {}
-
-
-def directions(spec):
-    """The matrix (entries, neurons) of what unit log-scales do to the logarithms of entries."""
-    starts, total = {}, 0
-    for leaf in spec.leaves:
-        starts[leaf.path] = total, leaf.shape
-        total += leaf.size
-    matrix = np.zeros((total, spec.num_neurons))
-    first = 0
-    for group in spec.groups:
-        for sign, side in ((1, group.incoming), (-1, group.outgoing)):
-            for incidence in side:
-                start, shape = starts[incidence.path]
-                index = np.transpose(incidence.index, np.argsort(incidence.axes))
-                laid = [n if a in incidence.axes else 1 for a, n in enumerate(shape)]
-                neuron = np.broadcast_to(index.reshape(laid), shape).reshape(-1)
-                entries = np.flatnonzero(neuron >= 0)
-                matrix[start + entries, first + neuron[entries]] += sign * incidence.power
-        first += group.size
-    return matrix
 
 
 def check_symmetries(subject, rng):
@@ -197,13 +68,13 @@ def _largest_change(subject, rng, evaluate):
         ("N(0, 1)", lambda: rng.normal(size=(samples, count))),
     ):
         scales = draw()
-        change = _change(
+        change = relative_change(
             before, evaluate(subject.moved(params, scales @ subject.directions.T), x, n)
         )
         if change > _CHANGED and not np.isfinite(change):
             # An overflow vanishes with smaller scales.
             small = subject.moved(params, scales @ subject.directions.T / 64)
-            change = _change(before, evaluate(small, x, n))
+            change = relative_change(before, evaluate(small, x, n))
         if change > _CHANGED and name != "powers of two":
             moved = subject.moved(params, scales @ subject.directions.T)
             noise = max(_noise(subject, rng, p, x, n, evaluate) for p in (params, moved))
@@ -218,17 +89,8 @@ def _noise(subject, rng, params, x, n, evaluate):
     before, worst = evaluate(params, x, n), 0.0
     for _ in range(12):
         logs = 1e-12 * rng.normal(size=(len(x), len(subject.directions)))
-        worst = max(worst, _change(before, evaluate(subject.moved(params, logs), x, n)))
+        worst = max(worst, relative_change(before, evaluate(subject.moved(params, logs), x, n)))
     return 1e3 * worst
-
-
-def _change(before, after):
-    """Relative to the largest output of the sample; only what was finite is compared."""
-    finite = np.isfinite(before)
-    size = np.max(abs(before), axis=1, where=finite, initial=_SMALL, keepdims=True)
-    with np.errstate(all="ignore"):
-        difference = np.where(finite, abs(after - before), 0.0) / size
-    return np.inf if np.isnan(difference).any() else float(difference.max(initial=0.0))
 
 
 _EXPLAINED = (pathcond.SpecError, pathcond.NotPathLiftableError, OverflowError)
@@ -407,118 +269,3 @@ def _plain_constants(closed):
             inner = [getattr(v, "jaxpr", v) for v in eqn.params.values()]
             pending += [v for v in inner if hasattr(v, "eqns")]
     return True
-
-
-def count_dimensions(subject, rng):
-    """The dimension of all diagonal rescalings that keep the outputs, or None if in doubt."""
-    null, live = _null_space(subject, rng)
-    if null is None:
-        return None
-    found = subject.directions[live]
-    rank = np.linalg.matrix_rank(found) if found.size else 0
-    counts = {"one_sided": 0, "missed": 0}
-    operations = set()
-    known = found
-    for direction in _reduced_rows(null) if len(null) > rank else ():
-        more = np.column_stack([known, direction])
-        if np.linalg.matrix_rank(more, tol=1e-6) <= np.linalg.matrix_rank(known, tol=1e-6):
-            continue
-        if not _keeps_outputs(subject, rng, direction, live):
-            continue
-        known = more
-        moving = direction[abs(direction) > 1e-6]
-        if (moving > 0).all() or (moving < 0).all():
-            counts["one_sided"] += 1
-        else:
-            counts["missed"] += 1
-            operations |= _pinning(subject, live[abs(direction) > 1e-6])
-    return Dimensions(
-        int(rank),
-        **counts,
-        local=int(len(null) - np.linalg.matrix_rank(known, tol=1e-6)),
-        operations=tuple(sorted(operations)),
-        supported=_is_supported(subject),
-    )
-
-
-def _is_supported(subject):
-    known = {p.name for p in (*RULES, *primitives.calls())}
-    unscaled = {*kinds.ELEMENTWISE, *kinds.BITS, *kinds.RANDOM, "debug_callback", "debug_print"}
-    return subject.primitives <= known | unscaled
-
-
-def _pinning(subject, entries):
-    """The operations that ``spec.pinned`` names for the leaves of these entries."""
-    sizes = [leaf.size for leaf in subject.spec.leaves]
-    ends = np.cumsum(sizes)
-    moving = {subject.spec.leaves[k].path for k in np.searchsorted(ends, entries, side="right")}
-    pinned = [row for row in subject.spec.pinned if row.path in moving]
-    return {(row.operation or row.reason).split(" in ")[0] for row in pinned} or {"nothing pinned"}
-
-
-def _null_space(subject, rng):
-    """A basis (rows) of what leaves the outputs at first order, over entries that matter."""
-    entries = len(subject.directions)
-    draw = functools.partial(subject.program.draw, rng)
-    width = subject.outputs(*draw(1)).shape[1]
-    # Rectifiers that are on in few samples say little about their parameters there.
-    samples = 4 * max(3, -(-(entries + 8) // width))
-    nothing = None, None
-    if samples * 2 * entries > _MAX_SAMPLES:
-        return nothing
-    params, x, n = draw(samples)
-    logs = np.concatenate([_STEP * np.eye(entries), -_STEP * np.eye(entries)])
-    logs = np.tile(logs, (samples, 1))
-    params, x, n = jax.tree.map(lambda a: np.repeat(a, 2 * entries, 0), (params, x, n))
-    outputs = subject.outputs(subject.moved(params, logs), x, n)
-    outputs = outputs.reshape(samples, 2, entries, width)
-    rows = np.moveaxis(outputs[:, 0] - outputs[:, 1], 1, 2).reshape(-1, entries) / (2 * _STEP)
-    size = abs(outputs[:, 0]).max(1).reshape(-1)
-    rows = rows[np.isfinite(rows).all(1) & np.isfinite(size)]
-    size = abs(rows).max(1, initial=0.0)
-    rows = rows[size > 0] / size[size > 0, None]
-    live = np.flatnonzero(abs(rows).max(0, initial=0.0) > 1e-7)
-    if len(rows) < len(live) + 1 or not len(live):
-        return nothing
-    _, values, vectors = np.linalg.svd(rows[:, live])
-    values = values / values[0]
-    if ((values < _RANK) & (values > _AMBIGUOUS)).any():
-        return nothing
-    rank = int((values >= _RANK).sum())
-    return vectors[rank:], live
-
-
-def _reduced_rows(rows):
-    """The reduced row echelon form: the directions one at a time, as far as possible."""
-    rows, pivot = rows.copy(), 0
-    for column in range(rows.shape[1]):
-        if pivot == len(rows):
-            break
-        best = pivot + np.argmax(abs(rows[pivot:, column]))
-        if abs(rows[best, column]) < 1e-6:
-            continue
-        rows[[pivot, best]] = rows[[best, pivot]]
-        rows[pivot] /= rows[pivot, column]
-        others = np.arange(len(rows)) != pivot
-        rows[others] -= np.outer(rows[others, column], rows[pivot])
-        pivot += 1
-    return rows[:pivot]
-
-
-def _keeps_outputs(subject, rng, direction, live):
-    """Whether outputs stay at usual parameters, and at small and large ones.
-
-    A bound that no usual value meets, or a constant that outweighs all else, would count as a
-    symmetry although it holds for some parameters only.
-    """
-    sizes = np.repeat([1.0, 0.03, 30.0], 6)
-    params, x, n = subject.program.draw(rng, len(sizes))
-    logs = np.zeros((len(sizes), len(subject.directions)))
-    logs[:, live] = np.outer(np.tile([-1, -0.3, 0.1, 0.5, 1, 1.7], 3), direction)
-    params = {
-        name: value * (sizes ** rng.choice([0, 1], len(sizes))).reshape(-1, *[1] * (value.ndim - 1))
-        for name, value in params.items()
-    }
-    x = x * sizes.reshape(-1, *[1] * (x.ndim - 1))
-    before = subject.outputs(params, x, n)
-    return _change(before, subject.outputs(subject.moved(params, logs), x, n)) < 1e-6

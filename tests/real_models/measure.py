@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fuzzing.checks import directions
+from fuzzing.subject import directions
 from zoo.network import draw
 
 import pathcond_jax as pathcond
