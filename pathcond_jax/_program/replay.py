@@ -107,7 +107,8 @@ def places(graph: Graph) -> list[tuple[Place, Graph, Node]]:
     for k, node in enumerate(graph.nodes):
         found.append(((k,), graph, node))
         if node.primitive is _SCAN:
-            found += [((k, *place), *rest) for place, *rest in places(node.bodies[0])]
+            body = places(node.bodies[0])
+            found += [((k, *place), inside, inner) for place, inside, inner in body]
     return found
 
 

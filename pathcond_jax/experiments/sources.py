@@ -1,4 +1,4 @@
-"""Data sets by name: two that always work, and CIFAR-10 and MNIST from their official files.
+"""Data sets by name: two that always work; CIFAR-10, MNIST and Fashion-MNIST from official files.
 
 Files are verified by their published MD5 sums; nothing is ever downloaded or replaced here.
 """
@@ -9,7 +9,7 @@ import hashlib
 import io
 import pickle
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+FASHION_MNIST_MD5 = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
 DOWNLOAD = {
     "cifar10": (
         "mkdir -p {folder} && "
@@ -44,8 +50,15 @@ DOWNLOAD = {
         "t10k-labels-idx1; do curl -L -o {folder}/$f-ubyte.gz "
         "https://ossci-datasets.s3.amazonaws.com/mnist/$f-ubyte.gz; done"
     ),
+    "fashion_mnist": (
+        "mkdir -p {folder} && for f in train-images-idx3 train-labels-idx1 t10k-images-idx3 "
+        "t10k-labels-idx1; do curl -L -o {folder}/$f-ubyte.gz "
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/$f-ubyte.gz; done"
+    ),
 }
 DEFAULT_FOLDER = Path("data")
+# Where the Debian package dataset-fashion-mnist puts its files.
+INSTALLED = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
 # What a batch of CIFAR-10 is pickled from, under its name in old and in new versions of numpy.
 _PICKLED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -61,14 +74,15 @@ class DataError(Exception):
 
 
 def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """A data set by name: ``"digits"``, ``"moons"``, ``"cifar10"`` or ``"mnist"``.
+    """A data set by name, one of ``LOADERS``.
 
     Args:
-      name: its name.
-      data_dir: where the files of CIFAR-10 or MNIST lie; None: the folder ``data``.
+      name: ``"digits"``, ``"moons"``, ``"cifar10"``, ``"mnist"`` or ``"fashion_mnist"``.
+      data_dir: where the files of the last three lie; None: where a package installs them, else
+        the folder ``data``.
 
     Returns:
-      The data set; images of CIFAR-10 and MNIST are normalized per channel.
+      The data set; images from files are normalized per channel.
 
     Raises:
       DataError: a file is missing or damaged.
@@ -76,7 +90,9 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     """
     if name not in LOADERS:
         raise ValueError(f"no data set {name!r}; there are {', '.join(LOADERS)}")
-    return _load(name, DEFAULT_FOLDER if data_dir is None else data_dir)
+    installed = INSTALLED.get(name, DEFAULT_FOLDER)
+    default = installed if installed.is_dir() else DEFAULT_FOLDER
+    return _load(name, default if data_dir is None else data_dir)
 
 
 @functools.lru_cache(maxsize=2)
@@ -112,12 +128,13 @@ def load_cifar10(data_dir: Path, md5: Mapping[str, str] = CIFAR10_MD5) -> Datase
     return Dataset(*_normalized(inputs, test[0], labels, test[1]))
 
 
-def load_mnist(data_dir: Path, md5: Mapping[str, str] = MNIST_MD5) -> Dataset:
+def load_mnist(data_dir: Path, md5: Mapping[str, str] = MNIST_MD5, name: str = "mnist") -> Dataset:
     """MNIST from its IDX files, compressed or not: images (n, 28, 28, 1), normalized.
 
     Args:
       data_dir: the folder with the four files, with or without ``.gz``.
       md5: the expected MD5 sum of each file when decompressed, in the order of ``MNIST_MD5``.
+      name: of the data set, whose files have the same names and format.
 
     Returns:
       The data set.
@@ -125,7 +142,7 @@ def load_mnist(data_dir: Path, md5: Mapping[str, str] = MNIST_MD5) -> Dataset:
     Raises:
       DataError: a file is missing, truncated, has another MD5 sum or another content.
     """
-    paths = _existing(data_dir, md5, "mnist", data_dir)
+    paths = _existing(data_dir, md5, name, data_dir)
     read = [_idx_array(paths[name], digest) for name, digest in md5.items()]
     for (images, labels), path in zip((read[:2], read[2:]), list(paths.values())[::2], strict=True):
         if images.ndim != 3 or labels.shape != images.shape[:1]:
@@ -136,11 +153,12 @@ def load_mnist(data_dir: Path, md5: Mapping[str, str] = MNIST_MD5) -> Dataset:
     )
 
 
-LOADERS = {
+LOADERS: dict[str, Callable[[Path], Dataset]] = {
     "digits": lambda _: load_digits(),
     "moons": lambda _: load_moons(),
     "cifar10": load_cifar10,
     "mnist": load_mnist,
+    "fashion_mnist": functools.partial(load_mnist, md5=FASHION_MNIST_MD5, name="fashion_mnist"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The loaders of CIFAR-10 and MNIST, on small files in the official formats."""
+"""The loaders of CIFAR-10, MNIST and Fashion-MNIST, on small files in the official formats."""
 
 import gzip
 import hashlib
@@ -92,7 +92,7 @@ def test_cifar10(cifar10):
     np.testing.assert_array_equal(inside.train_inputs, data.train_inputs)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "fashion_mnist"])
 def test_a_missing_file_says_what_to_fetch(tmp_path, name):
     with pytest.raises(DataError) as error:
         sources.load(name, tmp_path)
@@ -108,8 +108,12 @@ def test_one_missing_file_is_named(mnist):
 
 
 def test_the_official_sums_are_checked(mnist, cifar10):
-    with pytest.raises(DataError, match="6bbc9ace898e44ae57da46a324031adb"):
-        sources.load_mnist(mnist[0])
+    for name, sum_of_images in (
+        ("mnist", "6bbc9ace898e44ae57da46a324031adb"),
+        ("fashion_mnist", "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
+    ):
+        with pytest.raises(DataError, match=sum_of_images):
+            sources.load(name, mnist[0])
     with pytest.raises(DataError, match="c99cafc152244af753f735de768cd75f"):
         sources.load_cifar10(cifar10[0])
 
