@@ -118,7 +118,9 @@ def loop(program, x, y, r):
             lambda: lax.fori_loop(0, steps, body, x),
             lambda: lax.fori_loop(0, program.n, body, x),
             lambda: counted(lambda c: c[0] < 2)[1],
-            lambda: lax.while_loop(lambda h: jnp.abs(h).max() > 1, lambda h: h / 2, x),
+            lambda: lax.while_loop(
+                lambda h: (jnp.abs(h).max() > 1) & (jnp.abs(h).max() < jnp.inf), lambda h: h / 2, x
+            ),
             lambda: counted(lambda c: (c[0] < 3) & (c[1].sum() < 5))[1],
             lambda: lax.while_loop(
                 lambda c: c[0] < program.n, lambda c: (c[0] + 1, c[2], c[1]), (0, x, y)
