@@ -157,6 +157,12 @@ def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any)
     return tilted(problem, table, linear)
 
 
+def at_zero(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
+    """Where a method begins whose minimum does not depend on it."""
+    del problem, spec
+    return z
+
+
 def tilted(problem: Problem, table: Table, linear: jax.Array) -> Problem:
     """The same problem with another linear part, which decides anew who may move."""
     finite = problem.box.finite & jnp.isfinite(linear).all()

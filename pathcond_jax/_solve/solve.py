@@ -52,6 +52,8 @@ class Method(NamedTuple):
       run: ``run(problem, spec, z, max_steps, tol) -> Run``, z inside the box.
       max_steps: steps or sweeps.
       tol: the tolerance for each bit width of the dtype.
+      start: from a problem, the spec and log-scales 0 to those where ``run`` begins unless the
+        caller says where.
       limit: the limit of the box where neither the caller nor the goal has one.
       one_term: whether it treats nothing but a single logarithm.
       power_one: whether its closed form needs entries that take no other power of their scale.
@@ -63,6 +65,7 @@ class Method(NamedTuple):
     run: Minimize
     max_steps: int
     tol: dict[int, float]
+    start: Callable[[Any, ArchSpec, jax.Array], jax.Array] = flat_objective.at_zero
     limit: Callable[[ArchSpec], float] = default_limit
     one_term: bool = False
     power_one: bool = False
@@ -84,6 +87,7 @@ METHODS = {
         equal_ranges.fixed_point,
         1000,
         {32: 1e-5, 64: 1e-10},
+        start=equal_ranges.start,
         # Ranges that agree lie between those that are there, which the parameters hold.
         limit=lambda spec: np.inf,
     ),
@@ -127,7 +131,7 @@ def solve(
       max_log_scale: the box ``|z| ≤ max_log_scale``. None: as far as the dtype of the parameters
         allows, about 40 in float32.
       initial: log-scales to start from, one array ``(group.size,)`` per group, or a solution.
-        None: 0.
+        None: 0; for equal ranges, the point of the orbit that their criterion names.
 
     Returns:
       The solution; ``print`` shows it. Arrays are in the dtype of the diagonal, float32 at least.
@@ -282,7 +286,9 @@ def _solve(
     dtype = problem.box.limit.dtype
     z = jnp.zeros((spec.num_neurons,), dtype)
     before = chosen.value(problem, stacks.table(spec), z)
-    if initial is not None:
+    if initial is None:
+        z = chosen.start(problem, spec, z)
+    else:
         z = problem.box.start(concatenated(initial, dtype))
     run = chosen.run
     if isinstance(goal, Objective) and goal.concave:

@@ -142,13 +142,19 @@ def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> 
 def equalize() -> Criterion:
     """Equal ranges: the largest incoming and the largest outgoing weight of each neuron agree.
 
-    The limit p → ∞ of ``norm(p)``, solved as such: not a minimum but a fixed point, found by sweeps
-    over the groups. In a triple with a depthwise convolution all three ranges agree. Biases are
-    rescaled but do not count.
+    Not a minimum but a fixed point of sweeps over the groups. Ranges agree at many points of an
+    orbit as soon as a weight is the largest of two neurons that it joins, as in depthwise and
+    residual networks; the answer is the one that sweeps reach from the least 4-norm of the ranges,
+    ``norm(4)`` without biases, of the largest weight that joins two neurons, which is one point of
+    the orbit. It is therefore the same from every representative, unless ``initial`` says where
+    sweeps start. (Where every weight belongs to one neuron, as with one hidden layer, ranges agree
+    at one point, the limit p → ∞ of ``norm(p)``. Elsewhere that limit is one of the fixed points,
+    and in general another one.) In a triple with a depthwise convolution all three ranges agree.
+    Biases are rescaled but do not count.
 
     Returns:
       The criterion. Its ``objective`` is the largest |log(out/in)|/2 that is left, and its
-      ``gradient_norm`` the Euclidean norm of these numbers.
+      ``gradient_norm`` the Euclidean norm of these numbers. Steps are sweeps.
 
     Example:
       >>> import jax.numpy as jnp
@@ -256,7 +262,9 @@ def activation(statistics: Mapping[str, Any] | Sequence[Any], alpha: float = 0.5
     ``λ_h = W_h^{1−α} / A_h^α``, so that A_h^α = W_h^{1−α} afterwards. (Activations are what the
     weights read: behind a squared ReLU, the squares, which take λ_h².) Meant for the channels
     between a normalization and the layers that read it, whose weights of the other side stay as
-    they are; where both sides move it is solved jointly.
+    they are; where both sides move it is solved jointly. For α > 0 exactly one point of the orbit
+    has such ranges (sweeps contract by 1 − α), so that every representative gets the same answer
+    from its own statistics.
 
     Args:
       statistics: largest absolute activations of the neurons on calibration data: one array

@@ -308,7 +308,7 @@ def test_sums_lie_between_their_parts():
     assert str(one + 0.3 * two) == "path + 0.3 * norm(2)"
 
 
-def test_equal_ranges_are_the_limit_of_norms(x64):
+def test_equal_ranges_of_one_hidden_layer_are_the_limit_of_norms(x64):
     params = {"a": {"w": jnp.array([[8.0, 1.0]])}, "b": {"w": jnp.array([[0.5], [3.0]])}}
     spec = pathcond.chain_spec(params, ["a", "b"])
     _, limit = pathcond.condition(params, spec, "equalize")
