@@ -1,6 +1,6 @@
 """Path-conditioned training for JAX: rescaling symmetries, found, lifted, solved and applied."""
 
-from pathcond_jax import criteria
+from pathcond_jax import criteria, quantization
 from pathcond_jax._action.check import check_spec
 from pathcond_jax._action.condition import condition
 from pathcond_jax._action.rescale import rescale, round_to_powers_of_two
@@ -99,6 +99,7 @@ __all__ = [
     "order_and_dependence",
     "path_norm",
     "ptft_penalty",
+    "quantization",
     "recondition",
     "reconditioned",
     "register_rule",

@@ -22,10 +22,10 @@ BELOW = {
     "criteria": PROGRAM | SOLVE | {"_lifting"},
 }
 BELOW["_action"] = BELOW["criteria"] | {"criteria"}
-for room in ("_optax", "theory", "plotting"):
+for room in ("_optax", "quantization", "theory", "plotting"):
     BELOW[room] = BELOW["_action"] | {"_action"}
-BELOW["_front"] = BELOW["theory"] | {"_symmetry", "_optax", "theory"}
-PUBLIC = {"", "criteria", "theory", "plotting", "linen"}
+BELOW["_front"] = BELOW["theory"] | {"_symmetry", "_optax", "quantization", "theory"}
+PUBLIC = {"", "criteria", "quantization", "theory", "plotting", "linen"}
 BELOW["experiments"] = PUBLIC
 BELOW["__main__"] = PUBLIC | {"experiments"}
 BELOW["__init__"] = set(BELOW) - {"plotting", "linen", "experiments", "__main__", "__init__"}

@@ -177,6 +177,14 @@ def scaled_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
     )
 
 
+def sum_and_derivatives(
+    params: PyTree, spec: ArchSpec, order: int
+) -> tuple[Scaled, list[Scaled | None]]:
+    """Σ_p |Φ_p|^order, and its derivatives by |θ_i|^order, one array or None for each leaf."""
+    lifting = _lifting(params, spec, order)
+    return extended_range.normalized(*lifting.total()), lifting.derivatives()
+
+
 def gram_matrix(params: PyTree, spec: ArchSpec) -> jax.Array:
     """The path-lifting Gram matrix G = ∂Φᵀ∂Φ of a network of up to a few thousand entries.
 

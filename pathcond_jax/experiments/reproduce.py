@@ -33,6 +33,7 @@ STUDIES = {
     "alignment": "a small initialization that never fits three points",
     "condensation": "tanh neurons that gather on one line, as predicted",
     "triangle": "networks with exponentially many linear pieces learn x³",
+    "prune": "what pruning by magnitude and by path norm keeps (digits or Fashion-MNIST)",
     "finetuning": "the penalty that gradient descent minimizes after pretraining",
 }
 MEASURE_TIME = ("timing",)
