@@ -22,6 +22,9 @@ from pathcond_jax._spec.types import PyTree, SpecError
 # Primitives that nobody writes by their own name, and whose function leaves no trace in a jaxpr.
 _WRITTEN = {"logistic": "sigmoid"}
 
+# Programs of one operation that a constant operation runs at each entry, as adding at positions.
+_FOLDED = frozenset({"update_jaxpr"})
+
 # Larger results of constant operations stay operations: masks and indices are below this.
 _FOLD_LIMIT = 1 << 22
 
@@ -201,7 +204,8 @@ class _Builder:
         outputs = [self.new(var.aval) for var in eqn.outvars]
         size = sum(int(np.prod(self.avals[i].shape, dtype=np.int64)) for i in outputs)
         known = all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT
-        if known and not eqn.effects and not any(map(holds_program, eqn.params.values())):
+        programs = {key for key, value in eqn.params.items() if holds_program(value)}
+        if known and not eqn.effects and programs <= _FOLDED:
             made = Node(eqn.primitive, tuple(inputs), tuple(outputs), eqn.params)
             self.constants.update(dict.fromkeys(outputs, made))
             if self.captured.intersection(inputs):

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 
 from pathcond_jax._program.control_flow import (
     SCAN_PARAMETERS,
+    Scan,
     live_part,
     read_scan,
     read_while,
 )
+from pathcond_jax._program.graph import Graph
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, sliced
+from pathcond_jax._symmetry.structural_rules import stacked_terms
 from pathcond_jax._symmetry.values import (
     RULES,
     Scale,
@@ -25,6 +28,8 @@ from pathcond_jax._symmetry.values import (
 )
 
 _TOO_LARGE = "has too many steps of different scales to follow each"
+# Loops of fewer steps, and of fewer operations in all of them, are followed as if written out.
+_FEW_STEPS, _FEW_OPERATIONS = 8, 256
 
 rule = RULES.rule
 
@@ -32,6 +37,9 @@ rule = RULES.rule
 @rule("scan", reads=SCAN_PARAMETERS)
 def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     """Step by step where steps have scales of their own; else one step that maps to itself.
+
+    A loop of few steps is what it would be if it were written out: a value may leave each of them
+    with another scale.
 
     A step that is the same as every other has a carry whose scales are the same before and after
     it. They are unknown at first: labels of their own, which the first carry must have (zeros have
@@ -54,6 +62,8 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
         if found is not None:
             return found
         stacked = [Scale(scope.along(x.terms, (0,), _TOO_LARGE), x.signal) for x in stacked]
+    if loop.length <= _FEW_STEPS and loop.length * _operations(loop.body) <= _FEW_OPERATIONS:
+        return _written_out(scope, loop, [*fixed, *carry, *stacked])
     slices = [sliced(x, 0) for x in stacked]
 
     def step(entered: list[Scale]) -> list[Scale]:
@@ -64,6 +74,27 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     ndims = [len(scope.out_shape(k)) - 1 for k in range(len(kept), len(results))]
     stacks = [mapped(expand(y, n), lambda x: x[None]) for y, n in zip(made, ndims, strict=True)]
     return [*(x.terms for x in kept), *stacks]
+
+
+def _operations(graph: Graph) -> int:
+    return sum(1 + sum(map(_operations, node.bodies)) for node in graph.nodes)
+
+
+def _written_out(scope: Scope, loop: Scan, scales: Sequence[Scale]) -> list[Terms]:
+    """The scales of a loop's results, its steps one after the other."""
+    fixed, carry, stacked = loop.inputs(scales)
+    made: dict[int, list[Scale]] = {}
+    for position in range(loop.length)[:: -1 if loop.reverse else 1]:
+        slices = [sliced(x, position) for x in stacked]
+        carry, made[position] = loop.outputs(
+            scope.analysis.run(loop.body, [*fixed, *carry, *slices])
+        )
+    each = [[made[position][k] for position in range(loop.length)] for k in range(len(made[0]))]
+    ndims = [len(scope.out_shape(k)) for k in range(len(carry), len(scope.node.outputs))]
+    return [
+        *(x.terms for x in carry),
+        *(stacked_terms(scope, scales, n, 0) for scales, n in zip(each, ndims, strict=True)),
+    ]
 
 
 @rule("while", reads=("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts"))

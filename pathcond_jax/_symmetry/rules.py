@@ -15,8 +15,8 @@ import numpy as np
 
 from pathcond_jax._program import kinds
 from pathcond_jax._program.primitives import find, runs_only
-from pathcond_jax._symmetry import structural_rules
-from pathcond_jax._symmetry.equations import Term
+from pathcond_jax._symmetry import product_rules, structural_rules
+from pathcond_jax._symmetry.equations import WILD, Term
 from pathcond_jax._symmetry.values import (
     MAX_JOINT,
     RULES,
@@ -24,17 +24,16 @@ from pathcond_jax._symmetry.values import (
     ScaleRule,
     Scope,
     Terms,
+    axes_of,
     expand,
     has_wild,
     is_wild,
     mapped,
     pin,
     powered,
+    support,
     varies,
 )
-
-# Products of more factors are followed only where all have one scale.
-_MAX_FACTORS = 16
 
 rule = RULES.rule
 
@@ -65,7 +64,15 @@ def _alike(scope: Scope, scales: Sequence[Scale]) -> Terms:
     return scope.equate(scales, len(scope.out_shape()), because)
 
 
-@rule("sub", "min", "rem", "complex")
+@rule("sub")
+def _difference(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
+    """A value minus itself is zero or not a number, which fits every scale."""
+    if scope.node.inputs[0] == scope.node.inputs[1]:
+        return [(Term(1.0, np.full((1,) * len(scope.out_shape()), WILD)),)]
+    return [_alike(scope, (one, two))]
+
+
+@rule("min", "rem", "complex")
 def _additive(scope: Scope, *scales: Scale) -> list[Terms]:
     return [_alike(scope, scales)]
 
@@ -108,6 +115,7 @@ def _convert(scope: Scope, scale: Scale) -> list[Terms]:
 @rule("mul", reads=("out_dtype",))
 def _product(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     ndim = len(scope.out_shape())
+    _ask_to_exchange(scope, one, two)
     return [(*expand(one, ndim), *expand(two, ndim))]
 
 
@@ -117,7 +125,21 @@ def _quotient(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
     divisor = expand(two, ndim)
     if has_wild(divisor):
         return pin(scope, one, two)
+    _ask_to_exchange(scope, one, two)
     return [(*expand(one, ndim), *powered(divisor, -1.0))]
+
+
+def _ask_to_exchange(scope: Scope, one: Scale, two: Scale) -> None:
+    """Kernels that meet entry by entry exchange a scale at each entry, not only along axes."""
+    leaves = [
+        {leaf for term in scale.terms for leaf, _ in scope.leaf_blocks(term)}
+        for scale in (one, two)
+    ]
+    shared = axes_of(one.terms) & axes_of(two.terms)
+    if one.signal or two.signal or len(shared) < 2 or leaves[0] & leaves[1]:
+        return
+    for scale in (one, two):
+        scope.ask_to_join(term for term in scale.terms if support(term) & shared)
 
 
 def _power(power: float | Callable[[Any], float]) -> ScaleRule:
@@ -140,9 +162,12 @@ rule("cbrt")(_power(1 / 3))
 @rule("pow")
 def _pow(scope: Scope, base: Scale, exponent: Scale) -> list[Terms]:
     value = scope.constant(1)
-    if value is None or value.size != 1 or (value.item() <= 0 and has_wild(base.terms)):
+    if value is None or not value.size or (value != value.reshape(-1)[0]).any():
         return pin(scope, base, exponent)
-    return [powered(expand(base, len(scope.out_shape())), float(value.item()))]
+    power = float(value.reshape(-1)[0])
+    if power <= 0 and has_wild(base.terms):
+        return pin(scope, base, exponent)
+    return [powered(expand(base, len(scope.out_shape())), power)]
 
 
 @rule("select_n")
@@ -180,33 +205,6 @@ def _reduce(scope: Scope, scale: Scale) -> list[Terms]:
     return [mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(tuple(axes)))]
 
 
-@rule("reduce_prod", reads=("axes",))
-def _reduce_product(scope: Scope, scale: Scale) -> list[Terms]:
-    return _product_along(scope, scale, tuple(scope.params["axes"]))
-
-
-def _product_along(scope: Scope, scale: Scale, axes: tuple[int, ...]) -> list[Terms]:
-    """The scales of all factors add up; where they agree, they are one to a power."""
-    shape = scope.shape(0)
-    if has_wild(scale.terms):
-        return pin(scope, scale)
-    count = math.prod(shape[axis] for axis in axes)
-    if count > _MAX_FACTORS:
-        kept = scope.along(scale.terms, axes)
-        return [powered(mapped(kept, lambda x: x.squeeze(axes)), float(count))]
-    found: list[Term] = []
-    for place in np.ndindex(*(shape[axis] for axis in axes)):
-
-        def factor(labels: np.ndarray, place: tuple[int, ...] = place) -> np.ndarray:
-            where = [slice(None)] * labels.ndim
-            for axis, at in zip(axes, place, strict=True):
-                where[axis] = slice(at, at + 1) if labels.shape[axis] > 1 else slice(None)
-            return labels[tuple(where)].squeeze(axes)
-
-        found += mapped(scale.terms, factor)
-    return [tuple(found)]
-
-
 _REDUCTION = {"jaxpr": runs_only("add", "max", "min", "mul")}
 
 
@@ -221,7 +219,7 @@ def _reduce_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
     axes = tuple(scope.params["dimensions"])
     if _multiplies(scope):
         scope.pin(start)
-        return _product_along(scope, scale, axes)
+        return product_rules.product_along(scope, scale, axes)
     reduced = mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(axes))
     return [_started(scope, Scale(reduced, scale.signal), start)]
 
@@ -279,15 +277,14 @@ def _window(scope: Scope, scale: Scale) -> list[Terms]:
 @rule("reduce_window", reads=_WINDOW, requires={"consts": (), **_REDUCTION})
 def _window_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
     """Windows reduced by a program of one known operation."""
-    (terms,) = _window(scope, scale)
     if not _multiplies(scope):
+        (terms,) = _window(scope, scale)
         return [_started(scope, Scale(terms, scale.signal), start)]
-    # Windows that hang over the border have fewer factors.
-    gaps = np.any(scope.params["padding"]) or max(scope.params["base_dilation"], default=1) > 1
-    if gaps or has_wild(scale.terms):
+    product = product_rules.product_of_windows(scope, scale)
+    if product is None:
         return pin(scope, scale, start)
     scope.pin(start)
-    return [powered(terms, float(math.prod(scope.params["window_dimensions"])))]
+    return [product]
 
 
 def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:
@@ -394,9 +391,12 @@ def _ragged_dot(scope: Scope, one: Scale, two: Scale, sizes: Scale) -> list[Term
     ),
 )
 def _conv(scope: Scope, image: Scale, kernel: Scale) -> list[Terms]:
-    if scope.params["batch_group_count"] != 1:
-        return pin(scope, image, kernel)
-    numbers, groups = scope.params["dimension_numbers"], scope.params["feature_group_count"]
+    """Each group of channels meets kernels of its own; or each group of examples does.
+
+    Groups of examples are not laid side by side: their results are the channels of one example.
+    """
+    numbers, of_examples = scope.params["dimension_numbers"], scope.params["batch_group_count"]
+    groups = scope.params["feature_group_count"] * of_examples
     lhs, rhs, out = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
     space = len(lhs) - 2
     # Axes: batch, group, channel within the group (out), channel within the group (in), window.
@@ -408,11 +408,12 @@ def _conv(scope: Scope, image: Scale, kernel: Scale) -> list[Terms]:
         return labels.reshape(*labels.shape[:axis], *parts, *labels.shape[axis + 1 :])
 
     flat = scope.along(image.terms, lhs[2:], "slides along it")
-    images = mapped(flat, lambda x: grouped(x.transpose(lhs), 1))
+    divided, axes = (0, (1, 0, 3)) if of_examples > 1 else (1, (0, 1, 3))
+    images = mapped(flat, lambda x: grouped(x.transpose(lhs), divided))
     window = scope.along(kernel.terms, rhs[2:], "sums over it")
     kernels = mapped(window, lambda x: grouped(x.transpose(rhs), 0))
     terms = [
-        *_place(mapped(images, lambda x: x.squeeze(tuple(range(3, 3 + space)))), (0, 1, 3), ndim),
+        *_place(mapped(images, lambda x: x.squeeze(tuple(range(3, 3 + space)))), axes, ndim),
         *_place(kernels, (1, 2, 3, *range(4, ndim)), ndim),
     ]
     kept = scope.contract(terms, tuple(range(3, ndim)), (image, kernel))
@@ -440,4 +441,3 @@ RULES.no_rule("no power of a positive scale comes out of it", *kinds.ELEMENTWISE
 for _reason, _names in kinds.OPAQUE.items():
     RULES.no_rule(_reason, *(name for name in _names if find(name) not in RULES))
 RULES.no_rule("other scales may choose other entries", "approx_top_k")
-RULES.no_rule("its entries are products of different numbers of factors", "cumprod")

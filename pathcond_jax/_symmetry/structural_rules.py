@@ -28,6 +28,7 @@ from pathcond_jax._symmetry.values import (
     expand,
     is_wild,
     mapped,
+    pin,
     support,
     varies,
 )
@@ -326,13 +327,29 @@ def _are_distinct(places: np.ndarray) -> bool:
     return len(np.unique(met)) == met.size
 
 
-@rule("scatter", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": None})
+@rule("scatter", reads=(*SCATTER_PARAMETERS, "update_jaxpr"))
 def overwrite(scope: Scope, scale: Scale, indices: Scale, update: Scale) -> list[Terms]:
-    """Values written at positions."""
+    """Values written at positions, or what a program makes of those that stand there."""
     places = _places(scope)
+    if scope.params["update_jaxpr"] is not None:
+        return _remade(scope, scale, update, places)
     if places is None or not _are_distinct(places):
         return scatter(scope, scale, indices, update)
     return [_put(scope, scale, update, places)]
+
+
+def _remade(scope: Scope, scale: Scale, update: Scale, places: np.ndarray | None) -> list[Terms]:
+    """Entries at known positions have a fixed scale before and after; the others keep theirs."""
+    because = "has an unusual 'update_jaxpr'"
+    scope.pin(update, because=because)
+    if places is None:
+        return pin(scope, scale, because=because)
+    full = scope.shape(0)
+    labels = np.array(np.broadcast_to(scope.single(scale, len(full)), full)).reshape(-1)
+    met = places[places >= 0]
+    scope.require([Term(1.0, labels[met])], because)
+    labels[met] = 0
+    return [(Term(1.0, narrowed(labels.reshape(full))),)]
 
 
 @rule("scatter-mul", reads=SCATTER_PARAMETERS, requires={"update_jaxpr": runs_only("mul")})

@@ -75,6 +75,7 @@ EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "argmin": (lambda x: lax.argmin(x, 0, jnp.int32), (X,)),
     "cumsum": (lambda x: lax.cumsum(x, 0), (X,)),
     "cummax": (lambda x: lax.cummax(x, 0), (X,)),
+    "cumprod": (lambda x: lax.cumprod(x, 0), (X,)),
     "cummin": (lambda x: lax.cummin(x, 0), (X,)),
     "sort": (lambda x: lax.sort(x, dimension=0), (X,)),
     "top_k": (lambda x: lax.top_k(x, 2), (X,)),

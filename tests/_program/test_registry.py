@@ -70,10 +70,7 @@ def test_unknown_parameters_unusual_values_and_programs_are_objected_to():
     assert rule.objection(usual) == ""
     assert "'fill'" in rule.objection({**usual, "fill": 1.0})
 
-    scatter = SYMMETRY.get(primitives.find("scatter"))
     program = jax.make_jaxpr(lambda x, y: x + y)(1.0, 1.0)
-    assert "unusual 'update_jaxpr'" in scatter.objection({"update_jaxpr": program})
-    assert scatter.objection({"update_jaxpr": None}) == ""
     added = SYMMETRY.get(primitives.find("scatter-add"))
     assert added.objection({"update_jaxpr": program}) == ""
     product = jax.make_jaxpr(lambda x, y: x * y)(1.0, 1.0)

@@ -185,6 +185,27 @@ def padded_by(value, config):
     return padded
 
 
+def cumulated(**options):
+    return lambda h, params: jax.lax.cumprod(h[:, :4], 1, **options)
+
+
+def minus_itself(h, params):
+    return (h - h) + h[:, ::-1]
+
+
+def raised_at_no_place(h, params):
+    """A power that is put together when the program is traced."""
+    return h ** jnp.full((5, 4), 2.0).at[0].multiply(1.0)
+
+
+def repeated_by_counts(h, params):
+    return jnp.repeat(h, jnp.array([2, 0, 1, 1]), 1, total_repeat_length=4)
+
+
+def applied_at(h, params):
+    return h.at[:, jnp.array([2, 2, 9])].apply(jnp.tanh)
+
+
 PADDED = {
     "padded by a constant": (padded_by(constant(1.0), ((0, 0, 0), (1, 0, 0))), 3),
     "padded by an entry": (padded_by(of_the_signal, ((0, 0, 0), (1, 0, 0))), 3),
@@ -204,6 +225,12 @@ REDUCTIONS = {
     "reduced by another program": (reduced_by(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
     "windows multiplied": (windows_of(constant(1.0), jax.lax.mul), 4),
     "windows multiplied, some smaller": (windows_of(constant(1.0), jax.lax.mul, "SAME"), 0),
+    "products so far": (cumulated(), 4),
+    "products from the last one": (cumulated(reverse=True), 4),
+    "minus itself": (minus_itself, 4),
+    "a constant power": (raised_at_no_place, 4),
+    "repeated": (repeated_by_counts, 3),
+    "applied at positions": (applied_at, 3),
     "windows summed from one": (windows_of(constant(1.0), jax.lax.add), 0),
     "windows summed from an entry": (windows_of(of_the_signal, jax.lax.add), 1),
     "windows of another program": (windows_of(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
@@ -271,7 +298,43 @@ def carried_and_read(params, x):
     return h @ params["v"]
 
 
+def products_of_kernels(params, x):
+    return jax.nn.relu(x @ (params["a"] * params["b"])) @ params["v"]
+
+
+def kernels_on_one_another(params, x):
+    """Where one meets the other, axes and all; what it meets itself, it cannot exchange."""
+    return x @ (params["a"] * params["b"].T * params["a"])
+
+
+def products_of_windows(params, x):
+    """Windows over a hem of fewer factors, and over rows of a kernel with scales of their own."""
+    factors = jax.lax.reduce_window(
+        params["w"],
+        1.0,
+        lambda a, b: a * b,
+        (2, 1),
+        (1, 1),
+        ((1, 0), (0, 0)),
+        base_dilation=(1, 1),
+        window_dilation=(1, 1),
+    )
+    return jax.nn.relu(x @ factors) @ params["v"]
+
+
+def groups_of_examples(params, x):
+    numbers = ("NHC", "HIO", "NHC")
+    h = jax.lax.conv_general_dilated(
+        x, params["w"], (1,), "VALID", dimension_numbers=numbers, batch_group_count=2
+    )
+    return jax.nn.relu(h) @ params["v"]
+
+
 OTHERWISE = {
+    products_of_kernels: ({"a": (3, 4), "b": (3, 4), "v": (4, 2)}, (5, 3), 16),
+    kernels_on_one_another: ({"a": (3, 4), "b": (4, 3)}, (5, 3), 12),
+    products_of_windows: (LAYERS, (5, 3), 4),
+    groups_of_examples: ({"w": (2, 3, 4), "v": (4, 2)}, (4, 3, 3), 4),
     carried_in_vain: (LAYERS, (5, 3), 4),
     carried_and_read: (LAYERS, (5, 3), 0),
     kernels_of_groups: (LAYERS, (5, 3), 4),

@@ -15,6 +15,7 @@ PARAMS = {
     "u": U,
     "v": V,
     "w2": W + 1,
+    "u3": U[:3, :3],
     "v1": V[:1],
     "v7": np.concatenate([V, V[:2]]),
     "v4": np.concatenate([V, -V]),
@@ -31,6 +32,11 @@ def applied_column(params, x):
 
 def applied_row(params, x):
     return hidden(params, x).at[0].apply(lambda v: v + 1) @ params["v"]
+
+
+def applied_somewhere(params, x):
+    """At a position that depends on the input, all columns are pinned."""
+    return hidden(params, x).at[:, jnp.argmax(x[0])].apply(jnp.tanh) @ params["v"]
 
 
 def filled_known(params, x):
@@ -148,6 +154,17 @@ def called_back(params, x):
     return jax.pure_callback(np.tanh, shape, h, vmap_method="sequential") @ params["v"]
 
 
+def passed_on(params, x):
+    """Each step leaves another scale: in a loop that is short enough to be written out."""
+
+    def step(carry, _):
+        one, two = carry
+        return (jax.nn.relu(two), jax.nn.relu(one @ params["u3"])), two
+
+    (_, last), seen = lax.scan(step, (x, jnp.zeros((4, 3))), None, length=3)
+    return (last + seen[0]) @ params["v"][:3]
+
+
 def looped(params, x):
     count = (x[0, 0] > -100).astype(jnp.int32) + 2
     state = (jnp.int32(0), hidden(params, x))
@@ -200,8 +217,10 @@ def padded_and_cut(params, x):
 # Neurons that each has; the layers of the programs are 5 wide.
 PROGRAMS = {
     dependent_on_platform: 5,
-    applied_column: 0,
+    # The column is pinned, the others are not.
+    applied_column: 4,
     applied_row: 0,
+    applied_somewhere: 0,
     filled_known: 0,
     filled_unknown: 0,
     filled_inside: 5,
@@ -220,6 +239,7 @@ PROGRAMS = {
     written: 0,
     printed: 5,
     called_back: 0,
+    passed_on: 1,
     looped: 5,
     halved: 5,
     mapped: 5,
