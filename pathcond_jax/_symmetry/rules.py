@@ -165,7 +165,7 @@ def _pow(scope: Scope, base: Scale, exponent: Scale) -> list[Terms]:
     if value is None or not value.size or (value != value.reshape(-1)[0]).any():
         return pin(scope, base, exponent)
     power = float(value.reshape(-1)[0])
-    if power <= 0 and has_wild(base.terms):
+    if not math.isfinite(power) or (power <= 0 and has_wild(base.terms)):
         return pin(scope, base, exponent)
     return [powered(expand(base, len(scope.out_shape())), power)]
 
