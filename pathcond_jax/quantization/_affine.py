@@ -70,7 +70,7 @@ _ELEMENTWISE = frozenset(
         find,
         (
             *("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "square", "integer_pow", "pow"),
-            *("exp", "max", "min", "abs", "convert_element_type", "copy"),
+            *("exp", "max", "min", "clamp", "abs", "convert_element_type", "copy"),
         ),
     )
 )
@@ -119,6 +119,27 @@ def find_chains(graph: Graph, known: Known) -> Iterator[Chain]:
         if steps:
             channels = graph.avals[node.outputs[0]].shape[layer.axis]
             yield Chain(position, layer.kernel, layer.kernel_axis, channels, tuple(steps))
+
+
+def channel_axes(graph: Graph, known: Known) -> dict[int, int]:
+    """The axes of the channels of values that layers make, and what keeps their shape."""
+    found: dict[int, int] = {}
+    for node in graph.nodes:
+        layer = _layer(graph, node, known)
+        if layer is not None:
+            found[node.outputs[0]] = layer.axis
+            continue
+        axes = [(number, found[number]) for number in node.inputs if number in found]
+        if not axes or len(node.outputs) != 1:
+            continue
+        number, axis = axes[0]
+        alike = graph.avals[number].shape == graph.avals[node.outputs[0]].shape
+        moved = _moved(graph, node, axis)
+        if node.primitive in _ELEMENTWISE and alike and {one for _, one in axes} == {axis}:
+            found[node.outputs[0]] = axis
+        elif moved is not None:
+            found[node.outputs[0]] = moved
+    return found
 
 
 def coefficients(

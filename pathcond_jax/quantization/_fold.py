@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pathcond_jax._program.graph import Graph, trace
+from pathcond_jax._program.graph import Graph
 from pathcond_jax._spec.trees import describe_leaves
 from pathcond_jax._spec.types import Leaf, PyTree, SpecError
 from pathcond_jax.quantization._affine import (
@@ -20,6 +19,7 @@ from pathcond_jax.quantization._affine import (
     known_values,
     with_values,
 )
+from pathcond_jax.quantization._retrace import once_per_shape, shapes_of, traced
 
 
 class FoldingWarning(UserWarning):
@@ -75,19 +75,16 @@ def fold_batch_norm(
       integer-arithmetic-only inference*, CVPR 2018.
     """
     leaves, treedef = describe_leaves(variables)
-    shapes = jax.tree.map(_shape_of, variables)
-    plan = _plan(apply_fn, shapes, inputs, leaves)
+    shapes = shapes_of(variables)
+    plan_for = once_per_shape(lambda inputs: _plan(apply_fn, shapes, inputs, leaves))
+    plan = plan_for(inputs)
     _warn_of_rest(plan, leaves)
     values = jax.jit(lambda leaves: _folded(plan, leaves))(jax.tree.leaves(variables))
     kept = [value if k in plan.kept else None for k, value in enumerate(values)]
     params = _without_empty(jax.tree.unflatten(treedef, kept))
-    plans = {_key(inputs): plan}
 
     def folded_apply(params: PyTree, *inputs: PyTree) -> Any:
-        key = _key(inputs)
-        if key not in plans:
-            plans[key] = _plan(apply_fn, shapes, inputs, leaves)
-        return _run(plans[key], jax.tree.leaves(params), jax.tree.leaves(inputs))
+        return _run(plan_for(inputs), jax.tree.leaves(params), jax.tree.leaves(inputs))
 
     return folded_apply, params
 
@@ -126,14 +123,7 @@ def _plan(
     inputs: Sequence[PyTree],
     leaves: Sequence[Leaf],
 ) -> Plan:
-    structure: list[Any] = []
-
-    def flat(variables: PyTree, *inputs: PyTree) -> list[Any]:
-        found, tree = jax.tree.flatten(apply_fn(variables, *inputs))
-        structure.append(tree)
-        return found
-
-    graph = trace(flat, variables, *jax.tree.map(_shape_of, tuple(inputs)))
+    graph, out_tree = traced(apply_fn, variables, inputs)
     numbers = graph.inputs[: len(leaves)]
     known = known_values(graph, numbers)
     states = {k for k, leaf in zip(numbers, leaves, strict=True) if not leaf.trainable}
@@ -142,7 +132,7 @@ def _plan(
     folds = _with_biases(graph, chains, known, trained)
     live, alive = _live(graph, folds)
     kept = tuple(k for k, number in enumerate(numbers) if number in alive)
-    return Plan(graph, known, folds, live, kept, structure[-1])
+    return Plan(graph, known, folds, live, kept, out_tree)
 
 
 def _read(graph: Graph, chain: Chain, known: Known) -> frozenset[int]:
@@ -263,12 +253,3 @@ def _without_empty(tree: PyTree) -> PyTree:
     if type(tree) is not dict:
         return tree
     return {key: _without_empty(value) for key, value in tree.items() if jax.tree.leaves(value)}
-
-
-def _shape_of(value: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(value), getattr(value, "dtype", jnp.result_type(value)))
-
-
-def _key(inputs: PyTree) -> Any:
-    flat, tree = jax.tree.flatten(inputs)
-    return tree, tuple((np.shape(value), jnp.result_type(value)) for value in flat)
