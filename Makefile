@@ -2,6 +2,7 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 VENV_NEWEST ?= .venv-newest
 VENV_REAL_MODELS ?= .venv-real-models
+VENV_DOCS ?= .venv-docs
 WORKERS ?= 2
 ARGS ?=
 COUNT ?= 1000
@@ -27,7 +28,7 @@ pip_install = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test studies fuzz lint format typecheck wheel oldest newest real-models bench clean
+.PHONY: help install demo test studies fuzz lint format typecheck wheel docs oldest newest real-models bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -68,6 +69,11 @@ wheel: $(VENV)/installed  ## build wheel and sdist, check them, try the wheel in
 	cd build && venv/bin/pathcond --help
 	cd build && ../$(VENV)/bin/mypy --config-file= --cache-dir=mypy --strict --python-executable venv/bin/python ../tests/packaging/user_script.py
 
+# Not one warning: a broken link, a missing picture or an unknown name fails.
+docs: $(VENV_DOCS)/installed  ## build the site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict $(ARGS)
+	@echo "built $(CURDIR)/build/site/index.html"
+
 # Not all tests: what a version changes shows in these, for a third of the time; the others ask what
 # the library computes from a traced program, and `make test PYTHON=... VENV=...` runs them anywhere.
 core_tests = -m pytest -n $(WORKERS) -m "not slow" $(foreach name,$(CORE),$(wildcard tests/*/test_$(name).py)) $(ARGS)
@@ -83,7 +89,7 @@ real-models: $(VENV_REAL_MODELS)/installed  ## rescale models of public packages
 	$(VENV_REAL_MODELS)/bin/python tests/real_models/page.py
 
 # What a log of CI should say it tested.
-versions = -c 'import platform as p, importlib.metadata as m; print("$(@D): Python " + p.python_version(), *(f"{n} {m.version(n)}" for n in ("jax", "flax", "optax", "numpy")), sep=", ")'
+versions = -c 'import platform as p, importlib.metadata as m; print("$(@D): Python " + p.python_version(), *(f"{n} {m.version(n)}" for n in ("jax", "flax", "optax", "numpy", "mkdocs") if [*m.distributions(name=n)]), sep=", ")'
 
 # $(1): interpreter, $(2): what pip installs, $(3), $(4), $(5): what to say without an interpreter.
 # An environment that works is kept.
@@ -107,6 +113,9 @@ $(VENV_NEWEST)/installed: pyproject.toml
 $(VENV_REAL_MODELS)/installed: pyproject.toml tests/real_models/requirements.txt
 	$(call install,$(PYTHON_NEWEST),--editable '.[test]' --requirement tests/real_models/requirements.txt,Python 3.11 or newer,3.13,PYTHON_NEWEST)
 
+$(VENV_DOCS)/installed: pyproject.toml
+	$(call install,$(PYTHON),--editable '.[docs]',Python 3.11 or newer,3.13,PYTHON)
+
 bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" times the authors' code too
 	mkdir -p build
 	$(VENV)/bin/python benchmarks/conditioning.py --json build/conditioning.json $(ARGS)
@@ -116,5 +125,5 @@ bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" ti
 	$(VENV)/bin/python benchmarks/gating.py
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_REAL_MODELS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_NEWEST) $(VENV_REAL_MODELS) $(VENV_DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

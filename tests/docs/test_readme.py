@@ -1,4 +1,4 @@
-"""The snippets of the README run as they are."""
+"""The README: its snippet runs, it points at what exists, and it is short."""
 
 import functools
 import pathlib
@@ -7,16 +7,10 @@ import re
 import jax
 import pytest
 
-from pathcond_jax.experiments import demo, reproduce
-
 PAGE = pathlib.Path(__file__).parents[2] / "README.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-SECTIONS = re.split(r"^## ", TEXT, flags=re.M)
-SNIPPETS = [
-    pytest.param(snippet, id=f"{section.splitlines()[0]} {number}")
-    for section in SECTIONS
-    for number, snippet in enumerate(re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S))
-]
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
+START = (PAGE.parent / "docs" / "get_started.md").read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -33,24 +27,22 @@ def test_snippet(snippet):
     names_after(snippet)
 
 
-def test_every_section_that_needs_one_has_a_snippet():
-    titles = {section.splitlines()[0] for section in SECTIONS if "```python" in section}
-    assert titles >= {
-        *("# pathcond_jax", "Your own model", "Other criteria"),
-        *("At initialization", "While training", "On many devices"),
-    }
-
-
-def test_the_first_example_prints_the_spec_that_is_shown():
-    assert str(names_after(SNIPPETS[0].values[0])["spec"]) in TEXT
+def test_the_first_example_is_the_one_whose_spec_is_shown():
+    (first,) = SNIPPETS
+    assert first in START
+    assert str(names_after(first)["spec"]) in START
 
 
 def test_what_the_page_points_at_exists():
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)
     assert links
     assert [link for link in links if not (PAGE.parent / link).exists()] == []
-    assert f"docs/{demo.PICTURE}" in links
     makefile = (PAGE.parent / "Makefile").read_text(encoding="utf-8")
-    for command in re.findall(r"^make (\w+)", TEXT, re.M):
+    commands = re.findall(r"(?:^|`)make ([a-z-]+)", TEXT, re.M)
+    assert {"demo", "test", "docs"} <= set(commands)
+    for command in commands:
         assert re.search(rf"^{command}:", makefile, re.M), command
-    assert set(re.findall(r"^\| `(\w+)` \|", TEXT, re.M)) == set(reproduce.STUDIES)
+
+
+def test_it_is_read_in_a_minute():
+    assert len(TEXT.split()) <= 900
