@@ -7,6 +7,7 @@ walked through as well; what a hook records there is stacked along a first axis,
 Other control flow runs as it is.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,10 +65,18 @@ def replay(
         if record is not None:
             records[k,] = record
         below = {place[1:]: value for place, value in fed.items() if place[0] == k and place[1:]}
-        results, inner = _RUN.get(node.primitive, _bound)(graph, node, operands, hook, below)
+        inside = functools.partial(_below, hook, k)
+        results, inner = _RUN.get(node.primitive, _bound)(graph, node, operands, inside, below)
         records |= {(k, *place): record for place, record in inner.items()}
         env.update(zip(node.outputs, results, strict=True))
     return Replayed([read(number) for number in graph.outputs], records)
+
+
+def _below(
+    hook: Hook, k: int, place: Place, node: Node, operands: Sequence[Any], fed: Any
+) -> tuple[Sequence[Any], Any]:
+    """The hook for the body of operation ``k``."""
+    return hook((k, *place), node, operands, fed)
 
 
 def _bound(

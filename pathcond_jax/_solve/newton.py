@@ -17,7 +17,9 @@ from jax import lax
 from pathcond_jax._solve import flat_objective, stacks
 from pathcond_jax._solve.block import block_sweep, colors
 from pathcond_jax._solve.flat_objective import Problem, Run
+from pathcond_jax._solve.objective import Model, Smooth
 from pathcond_jax._solve.stacks import Table, Weights
+from pathcond_jax._spec.log_scales import by_group
 from pathcond_jax._spec.spec import ArchSpec
 
 # Conjugate gradient steps within a Newton step, and halvings of it.
@@ -237,15 +239,20 @@ def _evaluate(
     problem: Problem, table: Table, z: jax.Array
 ) -> tuple[Iterate, Callable[[jax.Array], jax.Array]]:
     """Everything at z, and products with the Hessian of the smooth functions."""
-    smooth, product = jax.linearize(
-        jax.grad(lambda z: flat_objective.smooth_part(problem, table, z)), z
-    )
-    gradient, diagonal = smooth - problem.linear, jnp.zeros_like(z)
-    if problem.smooth:
-        # The mean of its diagonal, from products with random signs.
-        signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
-        diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
-    value = flat_objective.smooth_part(problem, table, z) - jnp.dot(problem.linear, z)
+    models = [(part, _model(part, table, z)) for part in problem.smooth]
+    value, gradient, diagonal = -jnp.dot(problem.linear, z), -problem.linear, jnp.zeros_like(z)
+    for part, found in models:
+        weight = jnp.asarray(part.weight).astype(z.dtype)
+        value = value + weight * found.value
+        gradient = gradient + weight * found.gradient
+        diagonal = diagonal + weight * found.diagonal
+
+    def product(v: jax.Array) -> jax.Array:
+        images = (
+            jnp.asarray(part.weight).astype(z.dtype) * found.product(v) for part, found in models
+        )
+        return sum(images, jnp.zeros_like(v))
+
     terms, means = [], []
     for k, (w, s) in enumerate(zip(problem.weights, problem.exponents, strict=True)):
         term = flat_objective.weights(problem, table, k, z)
@@ -258,6 +265,22 @@ def _evaluate(
         diagonal = diagonal + w * s * s * stacks.squares(table, met)
     gradient = jnp.where(problem.box.alive, gradient, 0)
     return Iterate(z, value, gradient, diagonal, tuple(terms), tuple(means)), product
+
+
+def _model(part: Smooth, table: Table, z: jax.Array) -> Model:
+    """A smooth function at z: its own derivatives, or JAX's."""
+    if part.model is not None:
+        found: Model = part.model(by_group(z, table.sizes))
+        return found
+
+    def function(z: jax.Array) -> jax.Array:
+        return jnp.asarray(part.function(by_group(z, table.sizes))).astype(z.dtype)
+
+    gradient, product = jax.linearize(jax.grad(function), z)
+    # The mean of the diagonal, from products with random signs.
+    signs = jax.random.rademacher(jax.random.key(0), z.shape, z.dtype)
+    diagonal = jnp.full_like(z, jnp.abs(jnp.mean(signs * product(signs))))
+    return Model(function(z), gradient, diagonal, product)
 
 
 def _hessian_product(problem: Problem, table: Table, here: Iterate, v: jax.Array) -> jax.Array:

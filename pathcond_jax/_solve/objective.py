@@ -38,6 +38,22 @@ class LogSum(NamedTuple):
     log_scales: tuple[jax.Array, ...]
 
 
+class Model(NamedTuple):
+    """A smooth function at some log-scales.
+
+    Attributes:
+      value: of the function.
+      gradient: (H,).
+      diagonal: (H,), that of its Hessian, nearly.
+      product: from a vector (H,) to the Hessian times it.
+    """
+
+    value: jax.Array
+    gradient: jax.Array
+    diagonal: jax.Array
+    product: Callable[[jax.Array], jax.Array]
+
+
 class Smooth(NamedTuple):
     """``weight · function(log_scales)``, any smooth convex function.
 
@@ -45,10 +61,12 @@ class Smooth(NamedTuple):
       weight: w.
       function: from one array per group to a scalar; a pytree, so that it can be an argument of
         a compiled function.
+      model: from the same to its value and derivatives; None: JAX differentiates the function.
     """
 
     weight: float | jax.Array
     function: jax.tree_util.Partial
+    model: jax.tree_util.Partial | None = None
 
 
 class Objective(NamedTuple):

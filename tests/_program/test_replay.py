@@ -55,10 +55,10 @@ def multiplications(graph):
     return [place for place, _, node in places(graph) if node.primitive.name == "dot_general"]
 
 
-def doubling(place, node, operands, fed):
-    del place
+def multiplying(place, node, operands, fed):
     if node.primitive.name != "dot_general":
         return operands, None
+    assert place in multiplications(trace(network, WEIGHTS, X))
     x, w = operands
     return [x * fed, w], jnp.abs(x).max()
 
@@ -69,7 +69,7 @@ def test_hooks_replace_and_record_operands_in_calls_and_loops():
     assert (len(inside), len(outside)) == (2, 1)
     factors = jnp.array([2.0, 3.0, 5.0])
     fed = {inside: factors, outside: jnp.array(0.5)}
-    found = replay(graph, [*jax.tree.leaves(WEIGHTS), X], doubling, fed)
+    found = replay(graph, [*jax.tree.leaves(WEIGHTS), X], multiplying, fed)
     # A ReLU passes on positive factors.
     outputs, _ = network(WEIGHTS, X)
     np.testing.assert_allclose(found.outputs[0], 2 * 3 * 5 * 0.5 * outputs, rtol=1e-5)

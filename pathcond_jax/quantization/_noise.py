@@ -1,0 +1,434 @@
+"""The noise criterion: the expected squared error of the outputs, as a function of log-scales.
+
+A uniform quantizer of step Δ adds errors of variance Δ²/12. With F and S the squared derivatives
+of the outputs, a unit of weights that share a step adds ``Δ_u²/12 Σ_{i ∈ u} F_i e^{2(Bz)_i}`` to
+the error of the outputs, and so do activations with ``S_c e^{−2 z_c}``. The step is the range over
+the number of steps, and the range a p-norm: both factors are sums of exponentials, so that the
+logarithm of the whole is smooth and convex.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pathcond_jax._solve.objective import Goal, LogSum, Objective, reduce_masses
+from pathcond_jax._solve.products import Factor, Products, smooth
+from pathcond_jax._spec.arrays import widened
+from pathcond_jax._spec.spec import ArchSpec
+from pathcond_jax._spec.trees import match_leaves
+from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax.criteria._base import Criterion
+from pathcond_jax.quantization._rounding import Rounding, rounding_of, scheme_from
+from pathcond_jax.quantization._schemes import Scheme, activation_steps, weight_steps, width
+from pathcond_jax.quantization._sites import Meeting, Site, channel_scales, meetings
+from pathcond_jax.quantization._statistics import Statistics
+from pathcond_jax.quantization._units import (
+    Bits,
+    Granularity,
+    cols_of,
+    laid_out,
+    max_by_unit,
+    rows_of,
+    sum_by_unit,
+    units_of,
+)
+
+# The power of the norm that stands for the largest entry, differentiable twice.
+POWER = 24.0
+# Errors of a quantizer, uniform over a step, have this variance in units of its square.
+VARIANCE = 1 / 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizationNoise(Criterion):
+    """The predicted quantization noise of the outputs; see :func:`quantization_noise`.
+
+    Attributes:
+      name: for people.
+      statistics: of the parameters that are conditioned.
+      scheme: how numbers are rounded.
+      norm_weight: of the logarithm of the squared norm of the parameters.
+    """
+
+    name: str
+    statistics: Statistics
+    scheme: Scheme
+    norm_weight: float
+
+    def goal(self, params: PyTree, spec: ArchSpec) -> Goal:
+        """The logarithm of the noise; see :class:`Criterion`."""
+        rounding = rounding_of(self.statistics, self.scheme)
+        products = _reduced(params, self.statistics, spec, rounding)
+        squares = [
+            jnp.square(widened(value)) if leaf.trainable else value
+            for leaf, value in zip(spec.leaves, match_leaves(spec, params), strict=True)
+        ]
+        masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, squares))
+        norm = LogSum(self.norm_weight, -2.0, *masses)
+        nothing = tuple(np.zeros(group.size) for group in spec.groups)
+        return Objective((norm,), nothing, (smooth(products),))
+
+
+def quantization_noise(
+    statistics: Statistics,
+    scheme: Scheme | str | None = None,
+    *,
+    weight_bits: Bits = 8,
+    activation_bits: Bits = None,
+    granularity: Granularity = "tensor",
+    norm_weight: float = 0.1,
+) -> Criterion:
+    """The representative with the smallest predicted quantization noise at the outputs.
+
+    It minimizes ``log Σ_u Δ_u²/12 Σ_{i ∈ u} F_i e^{2(Bz)_i}`` over units u of weights, and of
+    activations if these are rounded, with steps Δ_u that follow the ranges. To this it adds
+    ``norm_weight · log ‖θ‖²``: rounding does not notice when all neurons of a layer take one scale,
+    nor a neuron that is never active, and the norm decides there. The result is the same from
+    every representative, given statistics of that representative.
+
+    Args:
+      statistics: of :func:`calibrate`, for the parameters that are conditioned.
+      scheme: an engine, a name of ``SCHEMES``, or a scheme; None: the following three arguments,
+        which mean nothing otherwise.
+      weight_bits: at least 2, for all kernels or by path (kernels left out are not rounded); None:
+        weights are not rounded.
+      activation_bits: the same for the activations that kernels read.
+      granularity: which weights share a step: ``"tensor"``, ``"channel"`` for those of an output
+        channel, or how many inputs of an output channel.
+      norm_weight: positive.
+
+    Returns:
+      The criterion, for :func:`pathcond_jax.condition`.
+
+    Raises:
+      SpecError: bits below 2, an unknown engine, granularity or kernel, or nothing to round.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from pathcond_jax.quantization import calibrate, quantization_noise
+      >>> params = {"a": {"w": jnp.array([[8.0, 0.1]])}, "b": {"w": jnp.array([[0.5], [4.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> statistics = calibrate(spec.apply_fn, params, spec, [jnp.array([[1.0], [2.0]])])
+      >>> noise = quantization_noise(statistics, weight_bits=4)
+      >>> better, solution = pathcond.condition(params, spec, noise)
+      >>> pathcond.Status(int(solution.status)).name
+      'CONVERGED'
+
+    References:
+      Nagel, van Baalen, Blankevoort, Welling, *Data-free quantization through weight equalization
+      and bias correction*, ICCV 2019, for what it replaces.
+    """
+    if not norm_weight > 0:
+        raise SpecError(f"norm_weight is {norm_weight}; it must be positive")
+    chosen = scheme_from(scheme, weight_bits, activation_bits, granularity)
+    rounding_of(statistics, chosen)
+    return QuantizationNoise("quantization_noise", statistics, chosen, float(norm_weight))
+
+
+class PredictedNoise(NamedTuple):
+    """How much rounding is expected to change the outputs.
+
+    Attributes:
+      weights: the expected squared error of the outputs, summed over outputs, averaged over
+        examples, from weights.
+      activations: the same from activations.
+      decibel: the signal-to-noise ratio, ``10 log10`` of the power of the outputs over the noise.
+    """
+
+    weights: jax.Array
+    activations: jax.Array
+    decibel: jax.Array
+
+
+def predicted_noise(
+    params: PyTree,
+    spec: ArchSpec,
+    statistics: Statistics,
+    scheme: Scheme | str | None = None,
+    *,
+    weight_bits: Bits = 8,
+    activation_bits: Bits = None,
+    granularity: Granularity = "tensor",
+) -> PredictedNoise:
+    """The quantization noise that is expected at the outputs, to first order.
+
+    Args:
+      params: the parameters.
+      spec: their spec.
+      statistics: of :func:`calibrate`, for these parameters.
+      scheme: as in :func:`quantization_noise`, and so are the other options.
+      weight_bits: of weights.
+      activation_bits: of activations.
+      granularity: of weights.
+
+    Returns:
+      The noise of weights, of activations, and the ratio to the power of the outputs in dB.
+
+    Raises:
+      SpecError: as :func:`quantization_noise`, or ``params`` do not fit the spec.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from pathcond_jax.quantization import calibrate, predicted_noise
+      >>> params = {"a": {"w": jnp.array([[1.0, -1.0]])}, "b": {"w": jnp.array([[2.0], [3.0]])}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> statistics = calibrate(spec.apply_fn, params, spec, [jnp.array([[1.0], [-2.0]])])
+      >>> eight = predicted_noise(params, spec, statistics, weight_bits=8)
+      >>> six = predicted_noise(params, spec, statistics, weight_bits=6)
+      >>> round(float(eight.decibel - six.decibel), 1)
+      12.2
+    """
+    chosen = scheme_from(scheme, weight_bits, activation_bits, granularity)
+    rounding = rounding_of(statistics, chosen)
+    values = match_leaves(spec, params)
+    sensitivities = match_leaves(spec, statistics.sensitivity, "statistics.sensitivity")
+    zero = jnp.zeros(())
+    of_weights, of_activations = zero, zero
+    for k, bits in rounding.kernels:
+        site = statistics.sites[k]
+        units = units_of(site, rounding.granularity)
+        weights, sensitivity = (
+            laid_out(site, widened(tree[site.leaf]), rounding.granularity)
+            for tree in (values, sensitivities)
+        )
+        steps = max_by_unit(jnp.abs(weights), units) / weight_steps(bits)
+        of_weights += VARIANCE * jnp.dot(jnp.square(steps), sum_by_unit(sensitivity, units))
+    for k, bits in rounding.activations:
+        site, read = statistics.sites[k], statistics.channels[k]
+        by_step = [
+            x.reshape(site.entries.shape[0], -1)
+            for x in (read.minimum, read.maximum, read.sensitivity)
+        ]
+        low, high, total = by_step[0].min(1), by_step[1].max(1), by_step[2].sum(1)
+        symmetric = rounding.symmetric
+        steps = width(low, high, symmetric) / activation_steps(bits, symmetric)
+        of_activations += VARIANCE * jnp.dot(jnp.square(steps), total)
+    noise = of_weights + of_activations
+    decibel = 10 * jnp.log10(statistics.output_power / noise)
+    return PredictedNoise(of_weights, of_activations, decibel)
+
+
+class Part(NamedTuple):
+    """The units of one kernel, or of the activations that it reads.
+
+    Attributes:
+      rows: the neurons along rows, each integer (batch, rows).
+      cols: the neurons along columns, (batch, cols).
+      row_entries: of B, one number per array of ``rows``.
+      col_entries: the same for ``cols``.
+      ranges: logarithms of the p-th powers of ranges, (batch, rows, cols).
+      noises: logarithms of squared derivatives, of the same shape.
+      units: integer (batch, cols), counted from 0.
+      offset: the logarithm of the variance of rounding for a range of 1.
+    """
+
+    rows: list[np.ndarray]
+    cols: list[np.ndarray]
+    row_entries: list[float]
+    col_entries: list[float]
+    ranges: jax.Array
+    noises: jax.Array
+    units: np.ndarray
+    offset: float
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _reduced(
+    params: PyTree, statistics: Statistics, spec: ArchSpec, rounding: Rounding
+) -> Products:
+    """The noise as sums over units of weights and of activations."""
+    return _products(list(_parts(params, spec, statistics, rounding)), spec.num_neurons)
+
+
+def _parts(
+    params: PyTree, spec: ArchSpec, statistics: Statistics, rounding: Rounding
+) -> Iterator[Part]:
+    values = match_leaves(spec, params)
+    sensitivities = match_leaves(spec, statistics.sensitivity, "statistics.sensitivity")
+    for k, bits in rounding.kernels:
+        site = statistics.sites[k]
+        met = meetings(site, spec)
+        # Neurons that meet a kernel in another way than along its inputs or outputs: their part
+        # of the noise is left out, and the function is kept all the same.
+        if met is not None:
+            pair = (values[site.leaf], sensitivities[site.leaf])
+            yield _kernel_part(site, met, pair, rounding.granularity, bits)
+    for k, bits in rounding.activations:
+        yield _activation_part(statistics, k, spec, rounding.symmetric, bits)
+
+
+def _kernel_part(
+    site: Site,
+    met: tuple[list[Meeting], list[Meeting]],
+    pair: tuple[Any, Any],
+    granularity: Granularity,
+    bits: int,
+) -> Part:
+    rows, cols = met
+    weights, sensitivity = (laid_out(site, widened(x), granularity) for x in pair)
+    return Part(
+        [rows_of(site, m, granularity) for m in rows],
+        [cols_of(site, m, granularity) for m in cols],
+        [m.entry for m in rows],
+        [m.entry for m in cols],
+        _over_window(POWER * _log(jnp.abs(weights))),
+        _log(sensitivity.sum(3)),
+        units_of(site, granularity),
+        _offset(weight_steps(bits)),
+    )
+
+
+def _activation_part(
+    statistics: Statistics, k: int, spec: ArchSpec, symmetric: bool, bits: int
+) -> Part:
+    """Channels as columns: their ranges grow with λ and their sensitivities shrink."""
+    site, read = statistics.sites[k], statistics.channels[k]
+    scales = channel_scales(site, spec)
+    steps = site.entries.shape[0]
+    return Part(
+        [],
+        [m.neurons.reshape(1, -1) for m in scales],
+        [],
+        [-m.entry for m in scales],
+        POWER * _log(width(read.minimum, read.maximum, symmetric))[None, None],
+        _log(read.sensitivity)[None, None],
+        np.repeat(np.arange(steps), site.num_channels // steps)[None],
+        _offset(activation_steps(bits, symmetric)),
+    )
+
+
+def _offset(steps: int) -> float:
+    return math.log(VARIANCE) - 2 * math.log(steps)
+
+
+def _log(values: jax.Array) -> jax.Array:
+    return jnp.where(
+        values > 0,
+        jnp.log(jnp.where(values > 0, values, 1)),
+        jnp.where(values == 0, -jnp.inf, jnp.nan),
+    )
+
+
+def _over_window(logs: jax.Array) -> jax.Array:
+    return logs[..., 0] if logs.shape[-1] == 1 else jax.nn.logsumexp(logs, axis=-1)
+
+
+def _merged(part: Part) -> Part:
+    """Rows that belong to the same neurons as one; and columns, if their unit is the same, too."""
+    if part.ranges.shape[0] > 1:
+        return part
+    rows, owners = _distinct(part.rows, part.ranges.shape[1])
+    cols, others = _distinct([*part.cols, part.units], part.ranges.shape[2])
+    ranges, noises = (
+        _segments(_segments(logs, owners, 1), others, 2) for logs in (part.ranges, part.noises)
+    )
+    return part._replace(rows=rows, cols=cols[:-1], ranges=ranges, noises=noises, units=cols[-1])
+
+
+def _distinct(along: list[np.ndarray], size: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct positions of a side, and which of them each position is."""
+    table = np.stack([*(x.reshape(-1) for x in along), np.zeros(size, int)])
+    found, owners = np.unique(table, axis=1, return_inverse=True)
+    return [row[None] for row in found[:-1]], owners.reshape(-1)
+
+
+def _segments(logs: jax.Array, owners: np.ndarray, axis: int) -> jax.Array:
+    """log Σ exp over the positions of an axis that have one owner."""
+    count = int(owners.max()) + 1
+    if count == owners.size:
+        # In the order of their owners.
+        return jnp.take(logs, np.argsort(owners), axis=axis)
+    moved = jnp.moveaxis(logs, axis, 0)
+    tops = jax.ops.segment_max(moved, owners, count)
+    tops = jnp.where(tops > -jnp.inf, tops, 0)
+    sums = jax.ops.segment_sum(jnp.exp(moved - tops[owners]), owners, count)
+    return jnp.moveaxis(_log(sums) + tops, 0, axis)
+
+
+def _flat(part: Part) -> Part:
+    """A part of one row, or of one column, as columns of one row."""
+    batch, rows, cols = shape = part.ranges.shape
+    if rows > 1 and cols > 1:
+        return part
+    sides = [
+        *(x.reshape(batch, rows, 1) for x in part.rows),
+        *(x.reshape(batch, 1, cols) for x in part.cols),
+        part.units.reshape(batch, 1, cols),
+    ]
+    *neurons, units = (np.broadcast_to(x, shape).reshape(1, -1) for x in sides)
+    ranges, noises = (logs.reshape(1, 1, -1) for logs in (part.ranges, part.noises))
+    entries = [*part.row_entries, *part.col_entries]
+    return Part([], neurons, [], entries, ranges, noises, units, part.offset)
+
+
+def _products(parts: list[Part], num_neurons: int) -> Products:
+    """All parts, those of one shape on top of each other."""
+    found = [_flat(_merged(part)) for part in parts]
+    starts = np.cumsum([0, *(int(part.units.max()) + 1 for part in found)])
+    offsets = np.repeat([part.offset for part in found], np.diff(starts))
+    numbered = [
+        part._replace(units=part.units + start) for part, start in zip(found, starts, strict=False)
+    ]
+    stacks: dict[tuple[int, int], list[Part]] = {}
+    for part in numbered:
+        rows, cols = part.ranges.shape[1:]
+        stacks.setdefault((rows, cols if rows > 1 else 0), []).append(part)
+    depth = max(1, *(len(side) for part in found for side in (part.rows, part.cols)))
+    neurons, entries, units = [], [], []
+    ranges, noises = [], []
+    for (rows, _), stack in stacks.items():
+        # Columns of one row go side by side.
+        axis = 0 if rows > 1 else 2
+        sides = [
+            _slots(part.rows, part.row_entries, part.ranges.shape[:2], depth, num_neurons)
+            for part in (stack if rows > 1 else stack[:1])
+        ]
+        sides += [
+            _slots(part.cols, part.col_entries, part.ranges.shape[::2], depth, num_neurons)
+            for part in stack
+        ]
+        neurons += [side[0] for side in sides]
+        entries += [side[1] for side in sides]
+        units += [part.units.reshape(-1) for part in stack]
+        ranges.append(jnp.concatenate([part.ranges for part in stack], axis))
+        noises.append(jnp.concatenate([part.noises for part in stack], axis))
+    dtype = ranges[0].dtype
+    return Products(
+        (
+            _factor(2 / POWER, -POWER, ranges, dtype),
+            _factor(1.0, 2.0, noises, dtype),
+        ),
+        jnp.asarray(np.concatenate(neurons, 1).astype(np.int32)),
+        jnp.asarray(np.concatenate(entries, 1).astype(dtype)),
+        jnp.asarray(np.concatenate(units).astype(np.int32)),
+        jnp.asarray(offsets.astype(dtype)),
+    )
+
+
+def _factor(weight: float, exponent: float, logs: list[jax.Array], dtype: Any) -> Factor:
+    return Factor(jnp.asarray(weight, dtype), jnp.asarray(exponent, dtype), tuple(logs))
+
+
+def _slots(
+    along: list[np.ndarray],
+    entries: list[float],
+    shape: tuple[int, ...],
+    depth: int,
+    num_neurons: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The neurons of positions, and B, (depth, positions)."""
+    size = math.prod(shape)
+    neurons, factors = np.full((depth, size), num_neurons), np.zeros((depth, size))
+    for k, (met, entry) in enumerate(zip(along, entries, strict=True)):
+        flat = met.reshape(-1)
+        neurons[k] = np.where(flat < 0, num_neurons, flat)
+        factors[k] = np.where(flat < 0, 0, entry)
+    return neurons, factors

@@ -1,0 +1,118 @@
+"""Calibration measures what a person would, and what it cannot measure is an error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import IMAGES, ROWS, WIDTH, depthwise, made, scanned
+
+import pathcond_jax as pathcond
+from pathcond_jax.quantization import calibrate
+
+
+def exact(network, params, x):
+    """Squared derivatives by the parameters, output by output and example by example."""
+    jacobian = jax.jacrev(lambda params: jax.vmap(lambda x: network(params, x[None])[0])(x))(params)
+    return jax.tree.map(lambda j: jnp.square(j).sum((0, 1)) / len(x), jacobian)
+
+
+@pytest.mark.parametrize("network", [depthwise, scanned])
+def test_few_outputs_are_differentiated_exactly(network):
+    params, x, spec = made(network)
+    found = calibrate(network, params, spec, [x[:4], x[4:8]], draws=100)
+    wanted = exact(network, params, x[:8])
+    for one, two in zip(jax.tree.leaves(found.sensitivity), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+    assert float(found.num_examples) == 8
+    power = jnp.square(network(params, x[:8])).sum() / 8
+    np.testing.assert_allclose(found.output_power, power, rtol=1e-5)
+
+
+def test_random_combinations_of_outputs_estimate_the_same():
+    params, x, spec = made(scanned)
+    wanted = calibrate(scanned, params, spec, [x], draws=100).sensitivity
+    found = calibrate(scanned, params, spec, [x], draws=20).sensitivity
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert 0.5 < float(one.sum() / two.sum()) < 2
+
+
+def test_ranges_and_moments_of_what_kernels_read():
+    params, x, spec = made(depthwise)
+    found = calibrate(depthwise, params, spec, [x])
+    assert [site.path for site in found.sites] == ["stem", "expand", "depthwise", "project", "head"]
+    read = jax.nn.relu(
+        jax.lax.conv_general_dilated(
+            x, params["stem"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )
+    channels = found.channels[1]
+    np.testing.assert_allclose(channels.maximum, read.max((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(channels.minimum, read.min((0, 1, 2)), atol=1e-7)
+    np.testing.assert_allclose(channels.mean, read.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(channels.second_moment, (read**2).mean((0, 1, 2)), rtol=1e-5)
+    by_x = jax.jacrev(lambda x: x.mean((1, 2)) @ params["head"])(jnp.ones((1, 6, 6, 4)))
+    wanted = jnp.square(by_x).sum((0, 1, 2, 3, 4))
+    assert found.channels[4].sensitivity.shape == wanted.shape == (4,)
+
+
+def test_channels_in_loops_are_those_of_all_steps():
+    params, x, spec = made(scanned)
+    found = calibrate(scanned, params, spec, [x])
+    by_path = dict(zip((s.path for s in found.sites), found.channels, strict=True))
+    first = x @ params["first"]
+    hidden = jax.nn.relu(first @ params["blocks"]["up"][0])
+    assert by_path["blocks/down"].maximum.shape == (2 * WIDTH,)
+    np.testing.assert_allclose(by_path["blocks/down"].maximum[:WIDTH], hidden.max(0), rtol=1e-5)
+    np.testing.assert_allclose(by_path["blocks/up"].minimum[:4], first.min(0), rtol=1e-5)
+
+
+def test_the_activation_criterion_takes_statistics_as_they_are():
+    params, x, spec = made(depthwise)
+    statistics = calibrate(depthwise, params, spec, [x])
+    assert set(statistics) == {group.name for group in spec.groups}
+    criterion = pathcond.criteria.activation(statistics, alpha=1.0)
+    moved, solution = pathcond.condition(params, spec, criterion)
+    after = calibrate(depthwise, moved, spec, [x])
+    assert float(solution.status) == pathcond.Status.CONVERGED
+    for name in after:
+        np.testing.assert_allclose(after[name], 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "batches is empty"),
+        ([ROWS, ROWS.at[0, 0].set(jnp.nan)], "batch 1 has entries that are NaN"),
+        ([jnp.zeros_like(ROWS)], "batch 0 is all zeros"),
+        (ROWS, r"one array of shape \(12, 5\)"),
+    ],
+)
+def test_batches_that_cannot_be_used(batches, message):
+    params, _, spec = made(scanned)
+    with pytest.raises(pathcond.SpecError, match=message):
+        calibrate(scanned, params, spec, batches)
+
+
+def test_a_spec_of_other_parameters():
+    params, _, spec = made(depthwise)
+    folded = {name: value for name, value in params.items() if name != "bias"}
+    with pytest.raises(pathcond.SpecError, match="missing 'bias'"):
+        calibrate(depthwise, folded, spec, [IMAGES])
+
+
+def test_activations_that_overflow():
+    params, x, spec = made(scanned)
+    params["first"] = params["first"] * 1e30
+    params["blocks"]["up"] = params["blocks"]["up"] * 1e30
+    with pytest.raises(pathcond.SpecError, match="NaN or infinite on these batches"):
+        calibrate(scanned, params, spec, [x])
+
+
+def test_a_network_without_kernels():
+    def scaled(params, x):
+        return x * params["scale"]
+
+    params = {"scale": jnp.ones((1, 5))}
+    spec = pathcond.trace_spec(scaled, params, ROWS)
+    with pytest.raises(pathcond.SpecError, match="nothing to calibrate"):
+        calibrate(scaled, params, spec, [ROWS])

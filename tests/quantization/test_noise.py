@@ -1,0 +1,168 @@
+"""The noise criterion: what it predicts is what is measured, and its minimum is one."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import depthwise, difference, made, scanned, unlucky
+
+import pathcond_jax as pathcond
+from pathcond_jax._solve import products
+from pathcond_jax.quantization import (
+    SCHEMES,
+    Scheme,
+    calibrate,
+    predicted_noise,
+    quantization_noise,
+    quantize_weights,
+    simulate,
+)
+from pathcond_jax.quantization._noise import _reduced
+from pathcond_jax.quantization._rounding import rounding_of
+
+STRETCHES = np.linspace(1.0, 1.3, 12)
+
+
+def calibrated(network, params, x, spec):
+    return calibrate(network, params, spec, [x], draws=48)
+
+
+@pytest.mark.parametrize(
+    ("network", "granularity"),
+    [(depthwise, "tensor"), (depthwise, "channel"), (depthwise, 4), (scanned, 4)],
+)
+def test_the_objective_is_the_predicted_noise(network, granularity):
+    params, x, spec = made(network)
+    statistics = calibrated(network, params, x, spec)
+    scheme = Scheme(4, 4, granularity)
+    reduced = _reduced(params, statistics, spec, rounding_of(statistics, scheme))
+    z = tuple(
+        0.4 * jax.random.normal(jax.random.key(k), (group.size,))
+        for k, group in enumerate(spec.groups)
+    )
+    moved = pathcond.rescale(params, spec, z)
+    found = predicted_noise(moved, spec, calibrated(network, moved, x, spec), scheme)
+    # A norm is a little more than the largest of few entries; of ranges of both signs, less.
+    exact = float(jnp.log(found.weights + found.activations))
+    assert exact - 0.4 < float(products.value(reduced, z)) < exact + 0.7
+    # Its derivatives, written by hand, are those of JAX.
+    flat, back = jax.flatten_util.ravel_pytree(z)
+    value = lambda flat: products.value(reduced, back(flat))  # noqa: E731
+    model = products.model(reduced, z)
+    hessian = jax.hessian(value)(flat)
+    np.testing.assert_allclose(model.gradient, jax.grad(value)(flat), atol=1e-5)
+    v = jax.random.normal(jax.random.key(9), flat.shape)
+    np.testing.assert_allclose(model.product(v), hessian @ v, atol=2e-4)
+    assert (model.diagonal >= jnp.diag(hessian) - 1e-4).all()
+    assert float(jnp.linalg.eigvalsh(hessian).min()) > -1e-4
+
+
+@pytest.mark.parametrize(
+    ("network", "scheme"),
+    [(depthwise, Scheme(4)), (scanned, "onnxruntime_static_per_channel")],
+)
+def test_one_answer_from_every_representative(network, scheme):
+    params, x, spec = made(network)
+    outputs = network(params, x)
+    answers = []
+    for start in (params, unlucky(params, spec, 3)):
+        statistics = calibrated(network, start, x, spec)
+        criterion = quantization_noise(statistics, scheme)
+        better, solution = pathcond.condition(start, spec, criterion)
+        assert int(solution.status) == pathcond.Status.CONVERGED
+        np.testing.assert_allclose(network(better, x), outputs, rtol=1e-4, atol=1e-5)
+        before = predicted_noise(start, spec, statistics, scheme)
+        after = predicted_noise(better, spec, calibrated(network, better, x, spec), scheme)
+        assert float(after.decibel) > float(before.decibel)
+        answers.append(better)
+    assert difference(*answers) < 1e-4
+
+
+def measured(rounded, outputs):
+    """Signal-to-noise ratio in dB, the mean over stretched grids."""
+    noise = np.mean([float(jnp.square(rounded(s) - outputs).sum()) for s in STRETCHES])
+    return 10 * np.log10(float(jnp.square(outputs).sum()) / noise)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("network", [depthwise, scanned])
+def test_predicted_and_measured_noise_agree(network, bits):
+    params, x, spec = made(network)
+    statistics = calibrated(network, params, x, spec)
+    outputs = network(params, x)
+    larger = 10 * np.log10(np.mean(STRETCHES**2))
+    for scheme in (Scheme(bits), Scheme(bits, bits, "channel"), Scheme(None, bits)):
+        compiled = jax.jit(
+            lambda s, scheme=scheme: simulate(network, spec, statistics, scheme, stretch=s)(
+                params, x
+            )
+        )
+        found = measured(lambda s, compiled=compiled: compiled(jnp.float32(s)), outputs)
+        predicted = float(predicted_noise(params, spec, statistics, scheme).decibel)
+        assert abs(predicted - larger - found) < 3
+
+
+def test_weights_lie_on_grids_of_the_bits_given():
+    params, x, spec = made(depthwise)
+    statistics = calibrated(depthwise, params, x, spec)
+    bits = {"stem": 3, "head": 2}
+    rounded = quantize_weights(params, spec, statistics, weight_bits=bits, granularity="channel")
+    assert rounded["expand"] is params["expand"]
+    for column in rounded["stem"].reshape(-1, 4).T:
+        assert len(np.unique(np.abs(column))) <= 4
+    for name in bits:
+        ranges = [jnp.abs(tree[name]).max() for tree in (rounded, params)]
+        np.testing.assert_allclose(*ranges, rtol=1e-6)
+    groups = quantize_weights(params, spec, statistics, weight_bits=2, granularity=4)["expand"]
+    np.testing.assert_allclose(
+        jnp.abs(groups).max((0, 1, 2)), jnp.abs(params["expand"]).max((0, 1, 2)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_bits": 1}, r"weight_bits of 'stem' is 1; quantizers need 2 bits"),
+        ({"activation_bits": 0}, "activation_bits of 'stem' is 0"),
+        ({"weight_bits": 2.5}, "is 2.5"),
+        ({"weight_bits": {"body": 4}}, "no kernel 'body'; kernels that read"),
+        ({"weight_bits": None}, "nothing is rounded"),
+        ({"granularity": "row"}, "granularity is 'row'"),
+        ({"scheme": "tensorrt"}, "no scheme 'tensorrt'; there are 'qwix_int8'"),
+        ({"norm_weight": 0.0}, "norm_weight is 0.0"),
+    ],
+)
+def test_options_that_cannot_be_used(options, message):
+    params, x, spec = made(depthwise)
+    statistics = calibrated(depthwise, params, x, spec)
+    with pytest.raises(pathcond.SpecError, match=message):
+        quantization_noise(statistics, **options)
+
+
+def test_parameters_that_are_not_finite_come_back_with_a_status():
+    params, x, spec = made(scanned)
+    statistics = calibrated(scanned, params, x, spec)
+    broken = {**params, "first": params["first"].at[0, 0].set(jnp.nan)}
+    criterion = quantization_noise(statistics)
+    same, solution = pathcond.condition(broken, spec, criterion)
+    assert int(solution.status) == pathcond.Status.NON_FINITE
+    np.testing.assert_array_equal(same["last"], params["last"])
+
+
+def test_a_network_without_neurons():
+    params = {"w": jnp.ones((5, 2))}
+    network = lambda params, x: x @ params["w"]  # noqa: E731
+    x = jnp.ones((3, 5))
+    spec = pathcond.trace_spec(network, params, x)
+    statistics = calibrate(network, params, spec, [x])
+    with pytest.raises(pathcond.SpecError, match="no neuron to rescale"):
+        pathcond.condition(params, spec, quantization_noise(statistics))
+
+
+def test_every_scheme_has_a_prediction():
+    params, x, spec = made(scanned)
+    statistics = calibrated(scanned, params, x, spec)
+    found = {name: predicted_noise(params, spec, statistics, name) for name in SCHEMES}
+    assert all(float(noise.decibel) > 0 for noise in found.values())
+    assert float(found["int4_weights"].decibel) < float(found["int8_weights"].decibel)
