@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pathcond_jax._program.graph import Graph, trace
+from pathcond_jax._program.graph import Graph
 from pathcond_jax._program.inference import inference_form
 from pathcond_jax._spec.arrays import is_traced
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import PyTree, SpecError
+from pathcond_jax.quantization._retrace import traced
 from pathcond_jax.quantization._sites import Site, sites
 
 Batch = Any
@@ -36,12 +37,10 @@ def program(
     apply_fn: Callable[..., Any], params: PyTree, spec: ArchSpec, inputs: tuple[PyTree, ...]
 ) -> Program:
     """Traces a network on the shapes of parameters and inputs."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), inputs)
-    traced = trace(apply_fn, params, *shapes)
-    states = [traced.inputs[k] for k, leaf in enumerate(spec.leaves) if not leaf.trainable]
-    graph = inference_form(traced, states)
-    treedef = jax.tree.structure(jax.eval_shape(apply_fn, params, *shapes))
-    return Program(graph, sites(graph, spec), treedef if graph is traced else None)
+    whole, treedef = traced(apply_fn, params, inputs)
+    states = [whole.inputs[k] for k, leaf in enumerate(spec.leaves) if not leaf.trainable]
+    graph = inference_form(whole, states)
+    return Program(graph, sites(graph, spec), treedef if graph is whole else None)
 
 
 def numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, tuple[PyTree, ...]]]:
