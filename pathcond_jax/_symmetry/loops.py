@@ -1,6 +1,7 @@
 """How positive scales pass through loops."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -11,7 +12,7 @@ from pathcond_jax._program.control_flow import (
     read_scan,
     read_while,
 )
-from pathcond_jax._program.graph import Graph
+from pathcond_jax._program.graph import Graph, part_for
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, sliced
 from pathcond_jax._symmetry.structural_rules import stacked_terms
@@ -63,7 +64,7 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
             return found
         stacked = [Scale(scope.along(x.terms, (0,), _TOO_LARGE), x.signal) for x in stacked]
     if loop.length <= _FEW_STEPS and loop.length * _operations(loop.body) <= _FEW_OPERATIONS:
-        return _written_out(scope, loop, [*fixed, *carry, *stacked])
+        return _written_out(scope, loop, [*fixed, *carry, *stacked], live)
     slices = [sliced(x, 0) for x in stacked]
 
     def step(entered: list[Scale]) -> list[Scale]:
@@ -80,21 +81,46 @@ def _operations(graph: Graph) -> int:
     return sum(1 + sum(map(_operations, node.bodies)) for node in graph.nodes)
 
 
-def _written_out(scope: Scope, loop: Scan, scales: Sequence[Scale]) -> list[Terms]:
-    """The scales of a loop's results, its steps one after the other."""
+def _written_out(
+    scope: Scope, loop: Scan, scales: Sequence[Scale], live: Collection[int]
+) -> list[Terms]:
+    """The scales of a loop's results, its steps one after the other, without what nobody reads."""
     fixed, carry, stacked = loop.inputs(scales)
+    order = range(loop.length)[:: -1 if loop.reverse else 1]
     made: dict[int, list[Scale]] = {}
-    for position in range(loop.length)[:: -1 if loop.reverse else 1]:
+    for position, part in zip(order, _parts_of_steps(loop, live), strict=True):
         slices = [sliced(x, position) for x in stacked]
-        carry, made[position] = loop.outputs(
-            scope.analysis.run(loop.body, [*fixed, *carry, *slices])
-        )
+        found = scope.analysis.run(part.program, [*fixed, *carry, *slices])
+        results = [Scale()] * len(loop.body.outputs)
+        for k, scale in zip(part.results, found, strict=True):
+            results[k] = scale
+        carry, made[position] = loop.outputs(results)
     each = [[made[position][k] for position in range(loop.length)] for k in range(len(made[0]))]
     ndims = [len(scope.out_shape(k)) for k in range(len(carry), len(scope.node.outputs))]
     return [
         *(x.terms for x in carry),
         *(stacked_terms(scope, scales, n, 0) for scales, n in zip(each, ndims, strict=True)),
     ]
+
+
+class _Part(NamedTuple):
+    """What one step has to compute: some of its results, by number."""
+
+    program: Graph
+    results: tuple[int, ...]
+
+
+def _parts_of_steps(loop: Scan, live: Collection[int]) -> list[_Part]:
+    """What each step has to compute for those that follow, in the order in which they run."""
+    entering = loop.body.inputs[loop.num_consts : loop.num_consts + loop.num_carry]
+    stacked = {k for k in live if k >= loop.num_carry}
+    wanted, parts = set(live), []
+    for _ in range(loop.length):
+        results = tuple(sorted(wanted))
+        program, read = part_for(loop.body, [loop.body.outputs[k] for k in results])
+        parts.append(_Part(program, results))
+        wanted = stacked | {k for k, number in enumerate(entering) if number in read}
+    return parts[::-1]
 
 
 @rule("while", reads=("cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts"))

@@ -165,6 +165,17 @@ def passed_on(params, x):
     return (last + seen[0]) @ params["v"][:3]
 
 
+def read_by_no_later_step(params, x):
+    """What a step adds to one value reaches the other a step later, when the loop is over."""
+
+    def step(carry, _):
+        one, two = carry
+        return (two, one + 1.0), None
+
+    h = hidden(params, x)
+    return lax.scan(step, (h, h), None, length=1)[0][0] @ params["v"]
+
+
 def looped(params, x):
     count = (x[0, 0] > -100).astype(jnp.int32) + 2
     state = (jnp.int32(0), hidden(params, x))
@@ -240,6 +251,7 @@ PROGRAMS = {
     printed: 5,
     called_back: 0,
     passed_on: 1,
+    read_by_no_later_step: 5,
     looped: 5,
     halved: 5,
     mapped: 5,
