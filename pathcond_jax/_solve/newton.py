@@ -135,8 +135,10 @@ def _start(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     swept = block_sweep(problem, spec, z)
     if len(problem.masses) == 1 and not problem.smooth:
         return swept
-    value = functools.partial(flat_objective.value_and_gradient, problem, stacks.table(spec))
-    return jnp.where(value(swept)[0] <= value(z)[0], swept, z)
+    # One program text for both.
+    value = functools.partial(flat_objective.value, problem, stacks.table(spec))
+    after, before = lax.map(value, jnp.stack([swept, z]))
+    return jnp.where(after <= before, swept, z)
 
 
 def _look(

@@ -34,6 +34,7 @@ STUDIES = {
     "condensation": "tanh neurons that gather on one line, as predicted",
     "triangle": "networks with exponentially many linear pieces learn x³",
     "prune": "what pruning by magnitude and by path norm keeps (digits or Fashion-MNIST)",
+    "quantize": "what rounding to 8 to 2 bits costs at each representative (digits, Fashion-MNIST)",
     "finetuning": "the penalty that gradient descent minimizes after pretraining",
 }
 MEASURE_TIME = ("timing",)

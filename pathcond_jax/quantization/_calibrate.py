@@ -92,17 +92,14 @@ def calibrate(
       [[0.5], [2.0]]
     """
     leaves = match_leaves(spec, params)
-    compiled: dict[Any, tuple[Program, Callable[..., Sums]]] = {}
     total: Sums | None = None
     sites: tuple[Site, ...] = ()
     for number, inputs in numbered(batches):
-        shapes = str(jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), inputs))
-        if shapes not in compiled:
-            traced = program(apply_fn, params, spec, inputs)
-            _check_sites(traced)
-            compiled[shapes] = traced, jax.jit(functools.partial(_sums, traced, spec, draws))
-        traced, sums = compiled[shapes]
-        found = sums(leaves, jax.tree.leaves(inputs), jax.random.key(seed + number))
+        traced = program(apply_fn, spec, inputs)
+        _check_sites(traced)
+        found = _sums(
+            traced, spec, draws, leaves, jax.tree.leaves(inputs), jax.random.key(seed + number)
+        )
         total = found if total is None else _together(total, found)
         sites = sites or traced.sites
     assert total is not None
@@ -128,6 +125,7 @@ def _check_finite(statistics: Statistics) -> None:
             )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
     traced: Program, spec: ArchSpec, draws: int, leaves: Sequence[Any], inputs: Any, key: jax.Array
 ) -> Sums:

@@ -1,6 +1,7 @@
 """Programs of inference by the shapes of their inputs, and batches of inputs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,11 +34,20 @@ class Program:
     treedef: Any
 
 
-def program(
-    apply_fn: Callable[..., Any], params: PyTree, spec: ArchSpec, inputs: tuple[PyTree, ...]
+def program(apply_fn: Callable[..., Any], spec: ArchSpec, inputs: tuple[PyTree, ...]) -> Program:
+    """A network traced on the shapes of its parameters and inputs, once for each."""
+    flat, tree = jax.tree.flatten(inputs)
+    shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in flat)
+    return _program(apply_fn, spec, tree, shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    apply_fn: Callable[..., Any], spec: ArchSpec, tree: Any, shapes: tuple[Any, ...]
 ) -> Program:
-    """Traces a network on the shapes of parameters and inputs."""
-    whole, treedef = traced(apply_fn, params, inputs)
+    leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in spec.leaves]
+    inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+    whole, treedef = traced(apply_fn, jax.tree.unflatten(spec.treedef, leaves), inputs)
     states = [whole.inputs[k] for k, leaf in enumerate(spec.leaves) if not leaf.trainable]
     graph = inference_form(whole, states)
     return Program(graph, sites(graph, spec), treedef if graph is whole else None)

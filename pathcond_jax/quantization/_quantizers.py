@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pathcond_jax._program.graph import Node
 from pathcond_jax._program.replay import Place, replay
@@ -70,8 +71,9 @@ def quantize_weights(
     values = match_leaves(spec, params)
     for k, bits in rounding.kernels:
         site = statistics.sites[k]
+        levels = np.float32(weight_steps(bits))
         values[site.leaf] = _rounded_kernel(
-            values[site.leaf], site, bits, rounding.granularity, jnp.asarray(stretch)
+            values[site.leaf], levels, jnp.asarray(stretch), site, rounding.granularity
         )
     return jax.tree.unflatten(spec.treedef, values)
 
@@ -122,7 +124,7 @@ def simulate(
     rounding = rounding_of(statistics, chosen)
 
     def simulated(params: PyTree, *inputs: PyTree) -> Any:
-        traced = program(apply_fn, params, spec, inputs)
+        traced = program(apply_fn, spec, inputs)
         places = _same_places(traced, statistics)
         rounded = (
             quantize_weights(params, spec, statistics, chosen, stretch=stretch)
@@ -143,14 +145,14 @@ def simulate(
     return simulated
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _rounded_kernel(
-    leaf: jax.Array, site: Site, bits: int, granularity: Granularity, stretch: jax.Array
+    leaf: jax.Array, levels: jax.Array, stretch: jax.Array, site: Site, granularity: Granularity
 ) -> jax.Array:
-    weights = laid_out(site, widened(leaf), granularity)
-    units, levels = units_of(site, granularity), weight_steps(bits)
+    weights, units = laid_out(site, widened(leaf), granularity), units_of(site, granularity)
+    levels, stretch = levels.astype(weights.dtype), stretch.astype(weights.dtype)
     steps = max_by_unit(jnp.abs(weights), units) / levels
-    steps = (steps * stretch.astype(steps.dtype))[units][:, None, :, None]
+    steps = (steps * stretch)[units][:, None, :, None]
     whole = jnp.clip(jnp.round(weights / jnp.where(steps > 0, steps, 1)), -levels, levels)
     return with_kernel_entries(site, leaf, _undone(site, whole * steps, granularity))
 

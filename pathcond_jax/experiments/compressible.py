@@ -1,0 +1,111 @@
+"""The networks that are quantized: plain, residual, depthwise, and attention with outliers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class Residual(nn.Module):
+    """Pairs of 3 × 3 convolutions with batch normalization, each pair around a skip.
+
+    Attributes:
+      width: of the stream.
+      blocks: the number of pairs.
+      num_outputs: the size of the output.
+    """
+
+    width: int = 16
+    blocks: int = 3
+    num_outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
+        x = nn.relu(_normalized(nn.Conv(self.width, (3, 3), use_bias=False)(x), train))
+        for _ in range(self.blocks):
+            y = nn.Conv(self.width, (3, 3), use_bias=False)(x)
+            y = nn.relu(_normalized(y, train))
+            y = nn.Conv(self.width, (3, 3), use_bias=False)(y)
+            x = nn.relu(x + _normalized(y, train))
+        return nn.Dense(self.num_outputs)(x.mean(axis=(1, 2)))
+
+
+class InvertedResidual(nn.Module):
+    """The blocks of MobileNetV2: expansion, depthwise convolution, projection, and ReLU.
+
+    Attributes:
+      width: of the stream.
+      expansion: of the width within a block.
+      blocks: their number.
+      num_outputs: the size of the output.
+    """
+
+    width: int = 12
+    expansion: int = 4
+    blocks: int = 4
+    num_outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
+        x = nn.relu(_normalized(nn.Conv(self.width, (3, 3), use_bias=False)(x), train))
+        inside = self.width * self.expansion
+        for _ in range(self.blocks):
+            y = nn.relu(_normalized(nn.Conv(inside, (1, 1), use_bias=False)(x), train))
+            y = nn.Conv(inside, (3, 3), feature_group_count=inside, use_bias=False)(y)
+            y = nn.relu(_normalized(y, train))
+            x = x + _normalized(nn.Conv(self.width, (1, 1), use_bias=False)(y), train)
+        x = nn.relu(_normalized(nn.Conv(inside, (1, 1), use_bias=False)(x), train))
+        return nn.Dense(self.num_outputs)(x.mean(axis=(1, 2)))
+
+
+class Transformer(nn.Module):
+    """Rows of an image as tokens: attention and ReLU layers behind layer normalization.
+
+    Attributes:
+      width: of the stream.
+      blocks: the number of pairs of attention and two-layer perceptron.
+      heads: of attention.
+      outliers: channels of each normalization whose scale starts ``magnitude`` times as large.
+      magnitude: of the outliers.
+      num_outputs: the size of the output.
+    """
+
+    width: int = 32
+    blocks: int = 2
+    heads: int = 4
+    outliers: int = 3
+    magnitude: float = 16.0
+    num_outputs: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
+        del train
+        x = nn.Dense(self.width)(x.reshape(*x.shape[:2], -1))
+        x = x + self.param("position", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        for _ in range(self.blocks):
+            x = x + self._attention(self._norm(x))
+            y = nn.relu(nn.Dense(4 * self.width)(self._norm(x)))
+            x = x + nn.Dense(self.width)(y)
+        return nn.Dense(self.num_outputs)(self._norm(x).mean(axis=1))
+
+    def _norm(self, x: jax.Array) -> jax.Array:
+        return nn.LayerNorm(scale_init=self._with_outliers)(x)
+
+    def _with_outliers(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        chosen = jax.random.permutation(key, shape[0])[: self.outliers]
+        return jnp.ones(shape, dtype).at[chosen].set(self.magnitude)
+
+    def _attention(self, x: jax.Array) -> jax.Array:
+        size = self.width // self.heads
+        query, key, value = (nn.DenseGeneral((self.heads, size))(x) for _ in range(3))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / size**0.5
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), value)
+        return nn.DenseGeneral(self.width, axis=(-2, -1))(mixed)
+
+
+def _normalized(x: jax.Array, train: bool) -> jax.Array:
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)

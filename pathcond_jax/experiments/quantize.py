@@ -1,0 +1,327 @@
+"""Quantization: what rounding costs at each representative of a trained network.
+
+Every network is trained, its batch normalization folded, and its representatives are calibrated
+and rounded alike. In the name of a scheme, t is one step size per kernel and c one per output
+channel, W the bits of weights and A those of activations, whose ranges are static, per tensor.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import pathcond_jax as pathcond
+from pathcond_jax.experiments import compressible, drawing, models, sources, training
+from pathcond_jax.experiments.data import Dataset
+from pathcond_jax.experiments.study import Context, Options, Report, Result, Table, Task
+from pathcond_jax.quantization import (
+    Scheme,
+    Statistics,
+    calibrate,
+    fold_batch_norm,
+    predicted_noise,
+    quantization_noise,
+    simulate,
+)
+
+SUMMARY = "what rounding to 8 to 2 bits costs at each representative of a trained network"
+DATASETS = ("digits", "fashion_mnist")
+
+NETWORKS = {
+    "MobileNetV2-like": compressible.InvertedResidual(),
+    "ResNet": compressible.Residual(),
+    "CNN": models.CNN((16, 32, 32)),
+    "transformer": compressible.Transformer(),
+}
+SCHEMES = {
+    "tW8": Scheme(8),
+    "tW6": Scheme(6),
+    "tW4": Scheme(4),
+    "tW3": Scheme(3),
+    "tW2": Scheme(2),
+    "cW4A4": Scheme(4, 4, "channel"),
+    "tW8A8": Scheme(8, 8),
+}
+# The schemes that the variants of the criterion are for.
+NOISE = {"noise tW": Scheme(4), "noise tWA": Scheme(8, 8), "noise cWA": Scheme(4, 4, "channel")}
+CRITERIA = ("equalize", "enorm", "path")
+REPRESENTATIVES = ("trained", "unlucky", *CRITERIA, *NOISE)
+# Which variant is for a scheme.
+OWN = dict.fromkeys(SCHEMES, "noise tW") | {"cW4A4": "noise cWA", "tW8A8": "noise tWA"}
+# The bars of the criterion are for these.
+BARS = ("tW4", "tW3", "cW4A4", "tW8A8")
+UNLUCKY = 1.0
+NUM_CALIBRATION, DRAWS = 32, 32
+# Factors of all step sizes, over which accuracies and noises are averaged.
+STRETCHES = (1.0, 1.07, 1.14)
+
+
+def tasks(options: Options) -> list[Task]:
+    """One task for each network and seed."""
+    networks, schemes, chosen = list(NETWORKS), list(SCHEMES), list(REPRESENTATIVES)
+    seeds, epochs, num_test = 3, 40, 450
+    if options.dataset == "fashion_mnist":
+        epochs, num_test = 3, 2000
+    if options.quick:
+        networks, schemes = ["CNN"], ["tW8A8", "tW3"]
+        chosen, seeds, epochs = ["trained", "unlucky", "equalize", "noise tW", "noise tWA"], 1, 8
+    return [
+        Task(
+            f"{name}, seed {seed}",
+            {"network": name, "seed": options.seed + seed, "dataset": options.dataset}
+            | {"num_epochs": epochs, "num_test": num_test}
+            | {"schemes": schemes, "representatives": chosen},
+        )
+        for name in networks
+        for seed in range(seeds)
+    ]
+
+
+class Folded(NamedTuple):
+    """A network without normalization, and how it is run.
+
+    Attributes:
+      apply_fn: the network.
+      params: trained.
+      spec: of both.
+    """
+
+    apply_fn: Callable[..., Any]
+    params: Any
+    spec: pathcond.ArchSpec
+
+
+def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Trains one network, and rounds every representative in every way."""
+    data = sources.load(settings["dataset"], context.data_dir)
+    folded = _folded(settings["network"], data, settings["seed"], settings["num_epochs"])
+    context.advance(0.4)
+    rng = np.random.default_rng(settings["seed"])
+    chosen = rng.permutation(len(data.train_labels))[:NUM_CALIBRATION]
+    batches = [jnp.asarray(data.train_inputs[chosen])]
+    calibrated = functools.partial(
+        calibrate, folded.apply_fn, spec=folded.spec, batches=batches, draws=DRAWS
+    )
+    images = jnp.asarray(data.test_inputs[: settings["num_test"]])
+    labels = jnp.asarray(data.test_labels[: settings["num_test"]])
+    logits = folded.apply_fn(folded.params, images)
+    values: dict[str, Any] = {"float": float(training.accuracy(logits, labels))}
+    for name in settings["representatives"]:
+        params = _representative(name, folded, calibrated, settings["seed"])
+        if params is None:
+            continue
+        statistics = calibrated(params)
+        error = jnp.linalg.norm(folded.apply_fn(params, images) - logits)
+        values[f"{name}, changed"] = float(error / jnp.linalg.norm(logits))
+        for scheme in settings["schemes"]:
+            right, ratio = _measured(folded, scheme, params, statistics, images, labels, logits)
+            noise = predicted_noise(params, folded.spec, statistics, SCHEMES[scheme])
+            values[f"{name}, {scheme}, accuracy"] = right
+            values[f"{name}, {scheme}, dB"] = ratio
+            values[f"{name}, {scheme}, predicted dB"] = float(noise.decibel)
+        context.advance(0.6 / len(settings["representatives"]))
+    return values
+
+
+def report(results: list[Result]) -> Report:
+    """Accuracy and signal-to-noise ratio by representative and scheme, for each network."""
+    tables, findings = [], []
+    networks = list(dict.fromkeys(result.settings["network"] for result in results))
+    for network in networks:
+        chosen = [result for result in results if result.settings["network"] == network]
+        schemes = chosen[0].settings["schemes"]
+        rows = [
+            (name, *(_cell(chosen, name, scheme) for scheme in schemes))
+            for name in chosen[0].settings["representatives"]
+            if f"{name}, changed" in chosen[0].values
+        ]
+        whole = 100 * np.mean([result.values["float"] for result in chosen])
+        title = f"{network}: accuracy in % / signal to noise in dB (float {whole:.1f})"
+        tables.append(Table(title, ("representative", *schemes), rows))
+    for scheme in (s for s in BARS if s in results[0].settings["schemes"]):
+        findings.append(_gain(results, networks, scheme))
+    gaps = [
+        abs(result.values[f"{name}, {scheme}, dB"] - result.values[key])
+        for result in results
+        for name in result.settings["representatives"]
+        for scheme in ("tW8", "tW6", "tW8A8")
+        if (key := f"{name}, {scheme}, predicted dB") in result.values and name != "unlucky"
+    ]
+    findings.append(
+        f"Predicted and measured noise at 8 and 6 bits differ by {np.mean(gaps):.1f} dB on "
+        f"average, by {np.max(gaps):.1f} at most."
+    )
+    return Report(tables, {"": plot(results)}, findings)
+
+
+def plot(results: list[Result]) -> Figure:
+    """Accuracy by bits of weights per tensor, one panel for each network."""
+    networks = list(dict.fromkeys(result.settings["network"] for result in results))
+    figure, axes = drawing.panels(1, len(networks))
+    for panel, network in zip(axes[0], networks, strict=True):
+        chosen = [result for result in results if result.settings["network"] == network]
+        schemes = [s for s in chosen[0].settings["schemes"] if "A" not in s] or ["tW8A8"]
+        bits = [SCHEMES[scheme].weight_bits for scheme in schemes]
+        for k, name in enumerate(REPRESENTATIVES):
+            if f"{name}, changed" not in chosen[0].values:
+                continue
+            heights = [100 * _mean(chosen, f"{name}, {s}, accuracy") for s in schemes]
+            panel.plot(
+                bits, heights, marker=drawing.MARKERS[k], color=drawing.COLORS[k], label=name
+            )
+        panel.set(title=network, xlabel="bits of weights, per tensor", ylabel="accuracy, %")
+    drawing.legend_below(figure, axes[0], columns=4)
+    return figure
+
+
+def _mean(results: list[Result], key: str) -> float:
+    return float(np.mean([result.values[key] for result in results]))
+
+
+def _cell(results: list[Result], name: str, scheme: str) -> str:
+    right, ratio = (_mean(results, f"{name}, {scheme}, {what}") for what in ("accuracy", "dB"))
+    return f"{100 * right:.1f}/{ratio:.1f}"
+
+
+def _gain(results: list[Result], networks: list[str], scheme: str) -> str:
+    """What the criterion gains for its own scheme over the best of three others."""
+    by_network = [[r for r in results if r.settings["network"] == name] for name in networks]
+    gains, ratios = (
+        [_over_best(chosen, scheme, what) for chosen in by_network] for what in ("accuracy", "dB")
+    )
+    return (
+        f"{scheme}: {OWN[scheme]} against the best of trained, equalize and enorm: "
+        f"{100 * np.mean(gains):+.1f} points and {np.mean(ratios):+.1f} dB on average over "
+        f"networks, {100 * np.min(gains):+.1f} points and {np.min(ratios):+.1f} dB at worst."
+    )
+
+
+def _over_best(results: list[Result], scheme: str, what: str) -> float:
+    """The mean of the criterion for a scheme less the best of the other means."""
+    found = {
+        name: _mean(results, key)
+        for name in ("trained", "equalize", "enorm", OWN[scheme])
+        if (key := f"{name}, {scheme}, {what}") in results[0].values
+    }
+    own = found.pop(OWN[scheme], np.nan)
+    return own - max(found.values())
+
+
+def _representative(
+    name: str, folded: Folded, calibrated: Callable[[Any], Statistics], seed: int
+) -> Any:
+    """The parameters of a representative; None where the criterion does not apply."""
+    params, spec = folded.params, folded.spec
+    if name == "trained":
+        return params
+    if name == "unlucky":
+        rng = np.random.default_rng(seed)
+        scales = (rng.normal(scale=UNLUCKY, size=g.size) for g in spec.groups)
+        return pathcond.rescale(params, spec, tuple(jnp.asarray(z, jnp.float32) for z in scales))
+    criterion: Any = name
+    if name in NOISE:
+        criterion = quantization_noise(calibrated(params), NOISE[name])
+    try:
+        return pathcond.condition(params, spec, criterion)[0]
+    except pathcond.NotPathLiftableError:
+        return None
+
+
+def _measured(
+    folded: Folded,
+    scheme: str,
+    params: Any,
+    statistics: Statistics,
+    images: jax.Array,
+    labels: jax.Array,
+    logits: jax.Array,
+) -> tuple[float, float]:
+    """Accuracy, and the power of the logits over that of their errors in dB, over stretches."""
+    rights, noises = [], []
+    for stretch in STRETCHES:
+        rounded = _rounded(
+            folded.apply_fn, folded.spec, scheme, params, statistics, images, jnp.float32(stretch)
+        )
+        rights.append(float(jnp.mean(jnp.argmax(rounded, -1) == labels)))
+        # A step that is stretched makes its square as much larger.
+        noises.append(float(jnp.square(rounded - logits).sum()) / stretch**2)
+    power = float(jnp.square(logits).sum())
+    return float(np.mean(rights)), 10 * float(np.log10(power / np.mean(noises)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rounded(
+    apply_fn: Callable[..., Any],
+    spec: pathcond.ArchSpec,
+    scheme: str,
+    params: Any,
+    statistics: Statistics,
+    images: jax.Array,
+    stretch: jax.Array,
+) -> jax.Array:
+    run = simulate(apply_fn, spec, statistics, SCHEMES[scheme], stretch=stretch)
+    outputs: jax.Array = run(params, images)
+    return outputs
+
+
+@functools.lru_cache(maxsize=4)
+def _apply_fns(name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """A network for inference and for training, the same functions at every call."""
+    model = NETWORKS[name]
+    if name == "CNN":
+        return model.apply, None
+
+    def train_apply(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return logits, {**variables, **updated}
+
+    return model.apply, train_apply
+
+
+def _folded(name: str, data: Dataset, seed: int, num_epochs: int) -> Folded:
+    apply_fn, train_apply = _apply_fns(name)
+    key = jax.random.key(seed)
+    image = jnp.asarray(data.test_inputs[:1])
+    variables = jax.jit(NETWORKS[name].init)(key, image)
+    trained, _ = training.train(
+        apply_fn,
+        _optimizer,
+        data,
+        jax.tree.map(lambda leaf: leaf[None], variables),
+        key[None],
+        jnp.array([3e-3]),
+        num_epochs=num_epochs,
+        batch_size=64,
+        epochs_per_call=num_epochs,
+        train_apply_fn=train_apply,
+    )
+    trained = jax.tree.map(lambda leaf: leaf[0], trained)
+    if "batch_stats" not in trained:
+        return Folded(apply_fn, trained, _spec(name, apply_fn, image.shape, trained))
+    folded, params = fold_batch_norm(apply_fn, trained, image)
+    # What is folded does not depend on values: one function serves all seeds.
+    shared = _FOLDED.setdefault(name, folded)
+    return Folded(shared, params, _spec(name, shared, image.shape, params))
+
+
+_FOLDED: dict[str, Callable[..., Any]] = {}
+_SPECS: dict[tuple[str, tuple[int, ...]], pathcond.ArchSpec] = {}
+
+
+def _spec(
+    name: str, apply_fn: Callable[..., Any], shape: tuple[int, ...], params: Any
+) -> pathcond.ArchSpec:
+    key = (name, shape)
+    if key not in _SPECS:
+        image = jax.ShapeDtypeStruct(shape, jnp.float32)
+        _SPECS[key] = pathcond.trace_spec(apply_fn, params, image)
+    return _SPECS[key]
+
+
+def _optimizer(learning_rate: jax.Array) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, weight_decay=1e-2)
