@@ -40,3 +40,11 @@ OPAQUE = {
     "it runs a program that its caller gives": INNER_PROGRAMS,
     "it occurs in derivatives only": DERIVATIVES,
 }
+
+# What a user can do about an operation that is not followed, by its name.
+WITHOUT_RULE = {
+    "shard_map": (
+        "is not entered: it runs on the part of each device. Trace the function without it (under "
+        "jax.vmap with its axis_name, where devices speak with each other) and use that spec"
+    ),
+}

@@ -23,11 +23,13 @@ import numpy as np
 
 from pathcond_jax._program.failures import failure, warn_of_failure
 from pathcond_jax._program.graph import Graph, Node
+from pathcond_jax._program.kinds import WITHOUT_RULE
 from pathcond_jax._program.primitives import RuleTable
 from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel, fits_every_scale
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
 MAX_JOINT = 1 << 20
+_OPAQUE = "does not let a scale pass"
 _TOO_MANY = "relates the scales of more entries than are followed one by one"
 
 Terms = tuple[Term, ...]
@@ -229,7 +231,7 @@ class Scope:
         """New labels, unknown log-scales."""
         return self.analysis.equations.new(shape)
 
-    def pin(self, *scales: Scale, because: str = "does not let a scale pass") -> None:
+    def pin(self, *scales: Scale, because: str = _OPAQUE) -> None:
         """Demands that values keep their scale."""
         for scale in scales:
             self.analysis.vanish(scale.terms, self.because(because))
@@ -325,8 +327,7 @@ class Scope:
             # Prefer what operations have named over labels of leaves, then what names more axes.
             return min(one, two, key=lambda x: (any(map(self.leaf_blocks, x)), -len(axes_of(x))))
         if not (has_wild(one) and has_wild(two)):
-            # Where one side is zero, the other's scale holds: it holds everywhere. Labels of the
-            # size of a mask would be carried on.
+            # Where one side is zero, the other's scale holds. No labels of a mask's size go on.
             return two if has_wild(one) else one
         left, right = self.single(Scale(one), ndim), self.single(Scale(two), ndim)
         return (Term(1.0, np.where(left == WILD, right, left)),)
@@ -400,7 +401,7 @@ class Scope:
         return mapped(self.along(terms, summed, because), lambda x: x.squeeze(summed))
 
 
-def pin(scope: Scope, *scales: Scale, because: str = "does not let a scale pass") -> list[Terms]:
+def pin(scope: Scope, *scales: Scale, because: str = _OPAQUE) -> list[Terms]:
     """What is always sound: what an operation reads keeps its scale."""
     scope.pin(*scales, because=because)
     return [()] * len(scope.node.outputs)
@@ -410,7 +411,7 @@ def _passed(scope: Scope, scales: Sequence[Scale]) -> Sequence[Terms]:
     """The scales of an operation's results, by its rule if that holds; no error leaves it."""
     node, rule = scope.node, RULES.get(scope.node.primitive)
     if rule is None:
-        return pin(scope, *scales)
+        return pin(scope, *scales, because=WITHOUT_RULE.get(node.primitive.name, _OPAQUE))
     if node.effect:
         return pin(scope, *scales, because="has effects that are not followed")
     objection = rule.objection(node.params)
@@ -429,8 +430,7 @@ def _passed(scope: Scope, scales: Sequence[Scale]) -> Sequence[Terms]:
 
 def _check_shapes(terms: Terms, shape: tuple[int, ...]) -> None:
     allowed = {(n, m) for m in shape for n in (1, m)}
-    for term in terms:
-        sizes = term.labels.shape
+    for sizes in (term.labels.shape for term in terms):
         if len(sizes) != len(shape) or not set(zip(sizes, shape, strict=True)) <= allowed:
             raise ValueError(f"labels of shape {sizes} for a value of shape {shape}")
 

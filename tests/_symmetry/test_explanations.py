@@ -266,3 +266,22 @@ def test_a_neuron_that_a_scalar_enters_has_a_name():
 
     spec = pathcond.trace_spec(apply_fn, {"s": jnp.ones(()), "v": jnp.ones((1, 3))}, vectors)
     assert [group.name for group in spec.groups] == ["s"]
+
+
+def test_a_function_of_each_device_is_told_to_be_traced_without():
+    kinds_of_axes = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("devices",), axis_types=kinds_of_axes)
+    rows = jax.sharding.PartitionSpec("devices")
+
+    def layer(params, x):
+        return jax.nn.relu(x @ params["w"]) @ params["v"]
+
+    def apply_fn(params, x):
+        whole = jax.sharding.PartitionSpec()
+        return jax.shard_map(layer, mesh=mesh, in_specs=(whole, rows), out_specs=rows)(params, x)
+
+    params = {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 3))}
+    assert pathcond.trace_spec(layer, params, vectors).num_neurons == 5
+    spec = pathcond.trace_spec(apply_fn, params, vectors)
+    assert spec.num_neurons == 0
+    assert "Trace the function without it" in str(spec)
