@@ -85,7 +85,7 @@ newest: $(VENV_NEWEST)/installed  ## run the core tests on the newest Python fou
 	$(VENV_NEWEST)/bin/python $(core_tests)
 
 real-models: $(VENV_REAL_MODELS)/installed  ## rescale models of public packages, and write docs/real_models.md
-	$(VENV_REAL_MODELS)/bin/python -m pytest -n $(WORKERS) tests/real_models/test_real_models.py $(ARGS)
+	$(VENV_REAL_MODELS)/bin/python -m pytest -n $(WORKERS) tests/real_models/test_real_models.py tests/real_models/test_qwix.py $(ARGS)
 	$(VENV_REAL_MODELS)/bin/python tests/real_models/page.py
 
 # What a log of CI should say it tested.

@@ -2,6 +2,7 @@
 
 from pathcond_jax.quantization._calibrate import calibrate
 from pathcond_jax.quantization._caps import CappingWarning, caps_as_parameters
+from pathcond_jax.quantization._correct import correct_biases
 from pathcond_jax.quantization._fold import FoldingWarning, fold_batch_norm
 from pathcond_jax.quantization._noise import PredictedNoise, predicted_noise, quantization_noise
 from pathcond_jax.quantization._prune import PruningWarning, magnitude_saliency, prune
@@ -21,6 +22,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "caps_as_parameters",
+    "correct_biases",
     "fold_batch_norm",
     "magnitude_saliency",
     "path_saliency",

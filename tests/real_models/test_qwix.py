@@ -1,0 +1,88 @@
+"""Qwix quantizes conditioned networks, linen and nnx; from an unlucky representative it cannot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from flax import linen as nn
+from flax import nnx
+
+import pathcond_jax as pathcond
+
+# Qwix itself uses deprecated names of Flax.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
+
+RULES = {
+    "int8": {"weight_qtype": jnp.int8, "act_qtype": jnp.int8},
+    "int8, weights": {"weight_qtype": jnp.int8},
+    "int4, weights": {"weight_qtype": jnp.int4},
+}
+# Signal-to-noise ratios of the outputs in dB that conditioned networks reach at least.
+LEAST = {"int8": 28.0, "int8, weights": 38.0, "int4, weights": 14.0}
+X = jax.random.normal(jax.random.key(1), (64, 16))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for width in (64, 64):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(8)(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.one = nnx.Linear(16, 64, rngs=rngs)
+        self.two = nnx.Linear(64, 64, rngs=rngs)
+        self.out = nnx.Linear(64, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.two(nnx.relu(self.one(x)))))
+
+
+def decibels(wanted, found):
+    return float(10 * jnp.log10(jnp.square(wanted).mean() / jnp.square(found - wanted).mean()))
+
+
+def unlucky(params, spec):
+    rng = np.random.default_rng(0)
+    scales = [jnp.asarray(rng.normal(scale=2.0, size=g.size), jnp.float32) for g in spec.groups]
+    return pathcond.rescale(params, spec, tuple(scales))
+
+
+def provider(rule):
+    return qwix.PtqProvider([qwix.QuantizationRule(**RULES[rule])])
+
+
+def linen_decibels(model, params, rule):
+    quantized = qwix.quantize_model(model, provider(rule))
+    shapes = jax.eval_shape(quantized.init, jax.random.key(0), X)["params"]
+    weights = qwix.quantize_params(params["params"], shapes)
+    return decibels(model.apply(params, X), quantized.apply({"params": weights}, X))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_linen(rule):
+    model = Linen()
+    params = model.init(jax.random.key(0), X)
+    spec = pathcond.trace_spec(model.apply, params, X)
+    moved = unlucky(params, spec)
+    conditioned, _ = pathcond.condition(moved, spec, "enorm")
+    found = linen_decibels(model, conditioned, rule)
+    assert found > LEAST[rule]
+    assert found > linen_decibels(model, moved, rule) + 3.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nnx(rule):
+    model = Nnx(nnx.Rngs(0))
+    spec = pathcond.nnx_spec(model, X)
+    variables = pathcond.nnx_variables(model)
+    nnx.update(model, unlucky(variables, spec)["params"])
+    wanted = model(X)
+    before = decibels(wanted, qwix.quantize_model(model, provider(rule), X)(X))
+    pathcond.condition_nnx(model, spec, "enorm")
+    found = decibels(wanted, qwix.quantize_model(model, provider(rule), X)(X))
+    assert found > LEAST[rule]
+    assert found > before + 3.0
