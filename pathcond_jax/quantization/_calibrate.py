@@ -130,46 +130,21 @@ def _sums(
     traced: Program, spec: ArchSpec, draws: int, leaves: Sequence[Any], inputs: Any, key: jax.Array
 ) -> Sums:
     """Everything that one batch tells."""
-    trained = [k for k, leaf in enumerate(spec.leaves) if leaf.trainable]
-    by_place = {site.place: site for site in traced.sites}
-
-    def run(weights: list[Any], moves: dict[Place, Any]) -> tuple[list[Any], dict[Place, Any]]:
-        values = list(leaves)
-        for k, weight in zip(trained, weights, strict=True):
-            values[k] = weight
-        found = replay(
-            traced.graph, [*values, *inputs], functools.partial(_observed, by_place), moves
-        )
-        floats = [x for x in found.outputs if jnp.issubdtype(x.dtype, jnp.floating)]
-        return floats, found.records
-
-    weights = [jnp.asarray(leaves[k]) for k in trained]
+    run = functools.partial(_outputs_and_reads, traced, spec, leaves, inputs)
+    weights = [
+        jnp.asarray(value)
+        for value, leaf in zip(leaves, spec.leaves, strict=True)
+        if leaf.trainable
+    ]
     shapes = jax.eval_shape(lambda weights: run(weights, {})[1], weights)
     moves = {place: jnp.zeros(x.shape, x.dtype) for place, x in shapes.items()}
-    outputs, pull, records = jax.vjp(run, weights, moves, has_aux=True)
-
-    def squares(cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
-        by_weight, by_move = pull(cotangents)
-        return (
-            [jnp.square(widened(g)) for g in by_weight],
-            [_by_channel(site, by_move[site.place], _sum_of_squares) for site in traced.sites],
-        )
-
-    cotangents, count = _cotangents(outputs, draws, key)
-
-    def step(sums: Any, cotangent: list[Any]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, squares(cotangent)), None
-
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(squares, outputs))
-    (found, activations), _ = lax.scan(step, nothing, cotangents)
-    by_leaf = [jnp.zeros(leaf.shape) for leaf in spec.leaves]
-    for k, square in zip(trained, found, strict=True):
-        by_leaf[k] = square / count
-    reads = [records[site.place] for site in traced.sites]
+    outputs, pull, reads = jax.vjp(run, weights, moves, has_aux=True)
+    by_weight, by_site = _squared_derivatives(traced, pull, *_cotangents(outputs, draws, key))
 
     def each(reduce: Any) -> list[jax.Array]:
-        return [_by_channel(s, read, reduce) for s, read in zip(traced.sites, reads, strict=True)]
+        return [_by_channel(site, reads[site.place], reduce) for site in traced.sites]
 
+    squares = iter(by_weight)
     powers = [jnp.square(widened(x)).sum() for x in outputs]
     return Sums(
         each(lambda x: x.min(1)),
@@ -177,11 +152,55 @@ def _sums(
         each(lambda x: x.sum(1)),
         each(_sum_of_squares),
         each(lambda x: jnp.full(x.shape[:1], x.shape[1], x.dtype)),
-        [square / count for square in activations],
-        by_leaf,
+        by_site,
+        [next(squares) if leaf.trainable else jnp.zeros(leaf.shape) for leaf in spec.leaves],
         jnp.stack(powers).sum(),
         jnp.asarray(float(_num_examples(inputs))),
     )
+
+
+def _outputs_and_reads(
+    traced: Program,
+    spec: ArchSpec,
+    leaves: Sequence[Any],
+    inputs: Sequence[Any],
+    weights: Sequence[Any],
+    moves: dict[Place, Any],
+) -> tuple[list[Any], dict[Place, Any]]:
+    """The floating outputs, and the activations that sites read, which ``moves`` are added to."""
+    trained = iter(weights)
+    values = [
+        next(trained) if leaf.trainable else value
+        for value, leaf in zip(leaves, spec.leaves, strict=True)
+    ]
+    hook = functools.partial(_observed, {site.place: site for site in traced.sites})
+    found = replay(traced.graph, [*values, *inputs], hook, moves)
+    floats = [x for x in found.outputs if jnp.issubdtype(x.dtype, jnp.floating)]
+    return floats, found.records
+
+
+def _squared_derivatives(
+    traced: Program, pull: Callable[..., Any], cotangents: list[jax.Array], count: float
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Squared derivatives by weights and by channels, summed over cotangents, over ``count``."""
+
+    def squares(cotangent: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        by_weight, by_move = pull(cotangent)
+        return (
+            [jnp.square(widened(gradient)) / count for gradient in by_weight],
+            [
+                _by_channel(site, by_move[site.place], _sum_of_squares) / count
+                for site in traced.sites
+            ],
+        )
+
+    def step(sums: Any, cotangent: list[jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, squares(cotangent)), None
+
+    first = [x[0] for x in cotangents]
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(squares, first))
+    found: tuple[list[jax.Array], list[jax.Array]] = lax.scan(step, start, cotangents)[0]
+    return found
 
 
 def _observed(

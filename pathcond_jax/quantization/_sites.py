@@ -155,6 +155,8 @@ def _site(
     if len(kernels) != 1:
         return None
     (kernel,) = kernels
+    if not jnp.issubdtype(graph.avals[node.inputs[1 - kernel]].dtype, jnp.floating):
+        return None
     leaf, entries = known[node.inputs[kernel]]
     found = laid_out(node, kernel, entries.reshape(-1, *entries.shape[loops:]))
     return None if found is None else Site((k,), kernel, leaf, "", *found)
