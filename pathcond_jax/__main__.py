@@ -70,17 +70,29 @@ def _add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="FILE:FACTORY",
-        help="a Python file and its function that returns apply_fn, params, example_input",
+        help="a Python file and its function that returns apply_fn, params, example_input, or a "
+        "Flax, Equinox or Keras module and an example input",
     )
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw the Gram diagonal before and after"
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write all of it as one page for a browser"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="take the parameters from a folder written by Orbax",
     )
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
     from pathcond_jax.experiments import inspection
 
-    return inspection.main(arguments.target, arguments.picture)
+    return inspection.main(
+        arguments.target, arguments.picture, arguments.html, arguments.checkpoint
+    )
 
 
 def _run_operations(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pathcond_jax._program import roles
 from pathcond_jax._solve.objective import MAX, Goal, LogSum, Objective, Ranges, reduce_masses
@@ -154,9 +155,11 @@ class RangeBalance(Criterion):
     def goal(self, params: PyTree, spec: ArchSpec) -> Ranges:
         """The ranges of weights, biases left out; see :class:`Criterion`."""
         values = match_leaves(spec, params)
-        biases = roles.biases(spec)
+        # The rest may be keys of random numbers, which have no size.
+        weights = {leaf.path for leaf in spec.leaves if leaf.trainable or leaf.state}
+        weights -= roles.biases(spec)
         sizes = [
-            jnp.zeros_like(value) if leaf.path in biases else jnp.abs(value)
+            jnp.abs(value) if leaf.path in weights else np.zeros(leaf.shape, np.float32)
             for leaf, value in zip(spec.leaves, values, strict=True)
         ]
         masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, sizes), MAX)

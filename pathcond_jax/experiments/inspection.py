@@ -1,30 +1,54 @@
 """``pathcond inspect``: a user's own network, what may be rescaled, what conditioning does."""
 
+import base64
+import html
 import importlib.util
+import io
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import pathcond_jax as pathcond
 from pathcond_jax import plotting
+from pathcond_jax.experiments.doors import Network, UserError, network, restored
 
 
-class UserError(Exception):
-    """What the user gave cannot be used; the message is all there is to show."""
+class Findings(NamedTuple):
+    """What there is to say of a network.
+
+    Attributes:
+      sections: title and text of each.
+      figure: the Gram diagonal before and after; None where there is none.
+    """
+
+    sections: Sequence[tuple[str, str]]
+    figure: Figure | None
 
 
-def main(target: str, picture: Path | None = None, console: Console | None = None) -> int:
+def main(
+    target: str,
+    picture: Path | None = None,
+    page: Path | None = None,
+    checkpoint: Path | None = None,
+    console: Console | None = None,
+) -> int:
     """Inspects the network that a user's function returns.
 
     Args:
       target: ``FILE:FACTORY``, a Python file and a function in it without arguments that returns
-        ``apply_fn, params, example_input`` (or more inputs, for ``apply_fn(params, *inputs)``).
+        ``apply_fn, params, example_input`` (or more inputs, for ``apply_fn(params, *inputs)``), or
+        a Flax, Equinox or Keras module and its inputs.
       picture: where to write the Gram diagonal before and after, as the suffix says.
+      page: where to write all of it as one HTML file.
+      checkpoint: a folder written by Orbax, whose parameters take the place of those returned.
       console: where to print.
 
     Returns:
@@ -36,16 +60,27 @@ def main(target: str, picture: Path | None = None, console: Console | None = Non
     try:
         if not file or not factory:
             raise UserError(f"{target!r} is not of the form FILE:FACTORY")
-        apply_fn, params, inputs = _network(path, factory)
-        spec = pathcond.trace_spec(apply_fn, params, *inputs)
-        _show(console, params, spec, inputs, picture)
+        found = _network(path, factory)
+        if checkpoint is not None:
+            found = restored(found, checkpoint)
+        findings = inspect(found)
     except (UserError, pathcond.SpecError) as error:
-        console.print(f"{target}: {error}", style="red", highlight=False, markup=False)
+        message = f"{target}: {error}"
+        console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     except Exception as error:
         shown = traceback.format_exception(type(error), error, theirs(error.__traceback__, path))
         console.print("".join(shown).rstrip(), highlight=False, markup=False, soft_wrap=True)
         return 1
+    text = "\n\n".join(text for _, text in findings.sections)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    if page is not None:
+        page.write_text(as_page(target, findings), encoding="utf-8")
+    if picture is not None and findings.figure is not None:
+        findings.figure.savefig(picture, dpi=150)
+    for written in (page, picture if findings.figure is not None else None):
+        if written is not None:
+            console.print(f"\nWrote {written}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -56,7 +91,7 @@ def theirs(trace: TracebackType | None, path: Path) -> TracebackType | None:
     return trace
 
 
-def _network(path: Path, factory: str) -> tuple[Any, Any, tuple[Any, ...]]:
+def _network(path: Path, factory: str) -> Network:
     """Runs the user's function."""
     module = _module(path)
     function = getattr(module, factory, None)
@@ -64,16 +99,7 @@ def _network(path: Path, factory: str) -> tuple[Any, Any, tuple[Any, ...]]:
         functions = [name for name, value in vars(module).items() if callable(value)]
         own = ", ".join(name for name in functions if not name.startswith("_")) or "none"
         raise UserError(f"{path} has no function {factory!r}; its functions: {own}")
-    returned = function()
-    if not isinstance(returned, tuple) or len(returned) < 3 or not callable(returned[0]):
-        kind = type(returned).__name__
-        if isinstance(returned, tuple):
-            kind = f"({', '.join(type(item).__name__ for item in returned)})"
-        raise UserError(
-            f"{factory} must return apply_fn, params, example_input; it returned {kind}"
-        )
-    apply_fn, params, *inputs = returned
-    return apply_fn, params, tuple(inputs)
+    return network(function(), factory)
 
 
 def _module(path: Path) -> ModuleType:
@@ -98,30 +124,26 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _show(
-    console: Console,
-    params: Any,
-    spec: pathcond.ArchSpec,
-    inputs: tuple[Any, ...],
-    picture: Path | None,
-) -> None:
-    console.print(str(spec), highlight=False, markup=False, soft_wrap=True)
-    console.print()
+def inspect(found: Network) -> Findings:
+    """What may be rescaled in a network, what is dead in it, and what each criterion would do."""
+    params, spec = found.params, found.spec
     if not spec.groups:
-        console.print("No neuron can be rescaled: conditioning would do nothing.")
-        return
+        nothing = "No neuron can be rescaled: conditioning would do nothing."
+        return Findings([("Spec", str(spec)), ("Conditioning", nothing)], None)
+    lines = []
     try:
         conditioned, solution = pathcond.condition(params, spec)
     except pathcond.NotPathLiftableError as error:
-        console.print(f"{error}\n\nHere is what that would do:", highlight=False, markup=False)
+        lines += [f"{error}", "", "Here is what that would do:"]
         _, solution = pathcond.condition(params, spec, "enorm")
-        score, picture = "none: the network is no sum over paths", None
+        score, figure = "none: the network is no sum over paths", None
     else:
         before, after = (float(pathcond.conditioning_score(p, spec)) for p in (params, conditioned))
         score = f"{before:.4g} → {after:.4g}   (0: all entries equal)"
+        figure = plotting.plot_gram(params, spec, conditioned)
     status = pathcond.Status(int(solution.status))
-    change = pathcond.check_spec(spec, params, *inputs)
-    lines = [
+    change = pathcond.check_spec(spec, params, *found.inputs)
+    lines += [
         f"conditioning score      {score}",
         f"solver                  {int(solution.num_steps)} steps, {status.name}",
         f"output under random λ   changes by {change:.1e} of its largest entry",
@@ -131,9 +153,72 @@ def _show(
     for group, z in zip(spec.groups, solution.log_scales, strict=True):
         values = np.asarray(z, np.float64)
         lines.append(f"  {group.name:<{width}}  {values.min():+.3f} … {values.max():+.3f}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    table = str(pathcond.report(params, spec))
-    console.print(f"\n{table}", highlight=False, markup=False, soft_wrap=True)
-    if picture is not None:
-        plotting.plot_gram(params, spec, conditioned).savefig(picture, dpi=150)
-        console.print(f"\nWrote {picture}", highlight=False, soft_wrap=True)
+    sections = [
+        ("Spec", str(spec)),
+        ("Conditioning", "\n".join(lines)),
+        ("Dead neurons", dead_neurons(params, spec)),
+        ("Criteria side by side", str(pathcond.report(params, spec))),
+    ]
+    return Findings(sections, figure)
+
+
+_SIDES = (("incoming", "nothing enters"), ("outgoing", "nothing leaves"))
+_MOST_NAMED = 8
+
+
+def dead_neurons(params: Any, spec: pathcond.ArchSpec) -> str:
+    """Names the neurons all of whose incoming, or all of whose outgoing, entries are 0."""
+    leaves = zip(spec.leaves, jax.tree.leaves(params), strict=True)
+    values = {leaf.path: value for leaf, value in leaves}
+    lines = []
+    for group in spec.groups:
+        for side, words in _SIDES:
+            alive = np.zeros(group.size, bool)
+            for incidence in getattr(group, side):
+                present = np.asarray(values[incidence.path]) != 0
+                first = np.moveaxis(present, incidence.axes, range(len(incidence.axes)))
+                slices = first.reshape(*incidence.index.shape, -1).any(axis=-1)
+                alive[incidence.index[slices & (incidence.index >= 0)]] = True
+            dead = np.flatnonzero(~alive)
+            if dead.size:
+                named = ", ".join(map(str, dead[:_MOST_NAMED]))
+                more = ", …" if dead.size > _MOST_NAMED else ""
+                lines.append(f"  {group.name}: {words} {dead.size} of {group.size}: {named}{more}")
+    return "\n".join(["dead neurons", *lines]) if lines else "dead neurons            none"
+
+
+def as_page(title: str, findings: Findings) -> str:
+    """The findings as one HTML file that needs nothing else."""
+    parts = [
+        f"<h2>{html.escape(name)}</h2><pre>{html.escape(text)}</pre>"
+        for name, text in findings.sections
+    ]
+    if findings.figure is not None:
+        buffer = io.BytesIO()
+        findings.figure.savefig(buffer, format="png", dpi=120)
+        picture = base64.b64encode(buffer.getvalue()).decode()
+        alt = "The Gram diagonal of each parameter, before and after conditioning"
+        parts.append(
+            f'<h2>Gram diagonal</h2><img alt="{alt}" src="data:image/png;base64,{picture}">'
+        )
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font-family: sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }}
+pre {{ background: #f4f4f4; overflow-x: auto; padding: 1em; }}
+img {{ background: white; max-width: 100%; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ background: #1c1c1c; color: #ddd; }}
+  pre {{ background: #2a2a2a; }}
+}}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""

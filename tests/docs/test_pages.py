@@ -25,7 +25,7 @@ SNIPPETS = [
     )
 ]
 # Modules of public names: those that list them, and those whose own functions and classes they are.
-MODULES = ("", ".criteria", ".theory", ".plotting", ".linen")
+MODULES = ("", ".criteria", ".quantization", ".theory", ".plotting", ".linen")
 
 
 def public_names(module):
@@ -40,15 +40,17 @@ def is_own(value, module):
 
 
 def documented():
-    """The directives of the API pages, and what the names that end them are."""
+    """What the directives of the API pages show, by name; that of a module shows all its names."""
     found = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text("utf-8") for p in PAGES), re.M)
     assert len(found) == len(set(found)), "a name is documented twice"
-    return {name.rpartition(".")[2]: found_at(name) for name in found}
-
-
-def found_at(name):
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    shown = {}
+    for name in found:
+        module, _, attribute = name.rpartition(".")
+        value = getattr(importlib.import_module(module), attribute)
+        whole = inspect.ismodule(value)
+        names = public_names(value) if whole else {attribute}
+        shown |= {name: getattr(value, name) if whole else value for name in names}
+    return shown
 
 
 @pytest.fixture(autouse=True)
