@@ -131,7 +131,7 @@ def restored(found: Network, folder: Path) -> Network:
         _saved(saved, leaf, folder, value)
         for leaf, value in zip(found.spec.leaves, leaves, strict=True)
     ]
-    return found._replace(params=treedef.unflatten(values))
+    return found._replace(params=jax.tree.unflatten(treedef, values))
 
 
 def _saved(saved: Mapping[str, Any], leaf: pathcond.Leaf, folder: Path, value: Any) -> Any:
