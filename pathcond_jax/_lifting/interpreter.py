@@ -38,6 +38,7 @@ from pathcond_jax._lifting.values import (
     is_fixed_scalar,
     is_trainable,
     joined_entries,
+    made_entries,
     moved_entries,
     numbered_entries,
     signals_of,
@@ -269,7 +270,8 @@ class Lifting:
             and all(v.exact for v in inside)
             and len(node.outputs) == 1
         )
-        entries = {k: v for value in inside for k, v in value.entries.items()}
+        shape = np.broadcast_shapes(*(np.shape(v.raw) for v in inputs)) if exact else None
+        entries = made_entries(inside, shape)
         found: list[Value] = []
         for raw in evaluate(node, inputs):
             if not jnp.issubdtype(raw.dtype, jnp.floating):

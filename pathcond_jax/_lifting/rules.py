@@ -27,6 +27,7 @@ from pathcond_jax._lifting.values import (
     coefficients_of,
     evaluate,
     is_zero,
+    made_entries,
     moved_entries,
     no_gates,
     signals_of,
@@ -174,7 +175,7 @@ def _product_of_weights(
     (raw,) = evaluate(node, [one, two])
     power = lifting.product(linear, one, two)
     exact = one.exact and two.exact
-    made = Coefficient(raw, power, True, None, exact, {**one.entries, **two.entries})
+    made = Coefficient(raw, power, True, None, exact, made_entries((one, two), raw.shape))
     lifting.record(made, linear, [one, two])
     return made
 

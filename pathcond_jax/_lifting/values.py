@@ -151,28 +151,64 @@ def numbered_entries(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(1, 1 + np.prod(shape, dtype=np.int64), dtype=np.int32).reshape(shape)
 
 
-def moved_entries(
-    entries: Callable[[], np.ndarray], linear: Call, extra: tuple[Any, ...]
-) -> Callable[[], np.ndarray]:
+Entries = Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anywhere:
+    """Entries of a leaf, on all of which each entry of a value may depend, however it is moved."""
+
+    parts: tuple[Entries, ...]
+
+    def __call__(self) -> np.ndarray:
+        """The entries, in no order."""
+        return np.concatenate([part().ravel() for part in self.parts])
+
+
+def moved_entries(entries: Entries, linear: Call, extra: tuple[Any, ...]) -> Entries:
     """Which entries of a leaf a moved coefficient depends on."""
+    if isinstance(entries, Anywhere) or any(map(is_traced, extra)):
+        return Anywhere((entries,))
 
     def moved() -> np.ndarray:
-        if any(map(is_traced, extra)):
-            return entries()
         with jax.ensure_compile_time_eval():
             return np.asarray(linear(jnp.asarray(entries()), *extra))
 
     return functools.cache(moved)
 
 
+def made_entries(
+    values: Sequence[Coefficient], shape: tuple[int, ...] | None
+) -> dict[int, Entries]:
+    """Which entries of each leaf a function of coefficients depends on.
+
+    Args:
+      values: the coefficients.
+      shape: that of the result, if each of its entries is made of one entry of each coefficient,
+        which are functions of different leaves.
+    """
+    if shape is not None:
+        return {k: _broadcast(own, shape) for value in values for k, own in value.entries.items()}
+    leaves = {leaf for value in values for leaf in value.entries}
+    return {
+        leaf: Anywhere(tuple(value.entries[leaf] for value in values if leaf in value.entries))
+        for leaf in leaves
+    }
+
+
+def _broadcast(entries: Entries, shape: tuple[int, ...]) -> Entries:
+    return entries if isinstance(entries, Anywhere) else lambda: np.broadcast_to(entries(), shape)
+
+
 def joined_entries(
     values: Sequence[Coefficient], leaf: int, linear: Call, extra: tuple[Any, ...]
-) -> Callable[[], np.ndarray]:
+) -> Entries:
     """Which entries of a leaf a coefficient joined of several depends on."""
+    own = tuple(value.entries[leaf] for value in values if leaf in value.entries)
+    if any(isinstance(part, Anywhere) for part in own) or any(map(is_traced, extra)):
+        return Anywhere(own)
 
     def joined() -> np.ndarray:
-        if any(map(is_traced, extra)):
-            return np.concatenate([v.entries[leaf]().ravel() for v in values if leaf in v.entries])
         with jax.ensure_compile_time_eval():
             parts = [
                 v.entries[leaf]() if leaf in v.entries else np.zeros(np.shape(v.raw), np.int32)
