@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._solve.objective import Goal, LogSum, Objective, reduce_masses
-from pathcond_jax._solve.products import Factor, Products, smooth
+from pathcond_jax._solve.products import Products, smooth
 from pathcond_jax._spec.arrays import widened
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
@@ -27,6 +27,7 @@ from pathcond_jax.criteria._base import Criterion
 from pathcond_jax.quantization._rounding import Rounding, rounding_of, scheme_from
 from pathcond_jax.quantization._schemes import Scheme, activation_steps, weight_steps, width
 from pathcond_jax.quantization._sites import Meeting, Site, channel_scales, meetings
+from pathcond_jax.quantization._stacking import POWER, Part, log_masses, products_of
 from pathcond_jax.quantization._statistics import Statistics
 from pathcond_jax.quantization._units import (
     Bits,
@@ -39,8 +40,6 @@ from pathcond_jax.quantization._units import (
     units_of,
 )
 
-# The power of the norm that stands for the largest entry, differentiable twice.
-POWER = 24.0
 # Errors of a quantizer, uniform over a step, have this variance in units of its square.
 VARIANCE = 1 / 12
 
@@ -216,36 +215,12 @@ def predicted_noise(
     return PredictedNoise(of_weights, of_activations, decibel)
 
 
-class Part(NamedTuple):
-    """The units of one kernel, or of the activations that it reads.
-
-    Attributes:
-      rows: the neurons along rows, each integer (batch, rows).
-      cols: the neurons along columns, (batch, cols).
-      row_entries: of B, one number per array of ``rows``.
-      col_entries: the same for ``cols``.
-      ranges: logarithms of the p-th powers of ranges, (batch, rows, cols).
-      noises: logarithms of squared derivatives, of the same shape.
-      units: integer (batch, cols), counted from 0.
-      offset: the logarithm of the variance of rounding for a range of 1.
-    """
-
-    rows: list[np.ndarray]
-    cols: list[np.ndarray]
-    row_entries: list[float]
-    col_entries: list[float]
-    ranges: jax.Array
-    noises: jax.Array
-    units: np.ndarray
-    offset: float
-
-
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _reduced(
     params: PyTree, statistics: Statistics, spec: ArchSpec, rounding: Rounding
 ) -> Products:
     """The noise as sums over units of weights and of activations."""
-    return _products(list(_parts(params, spec, statistics, rounding)), spec.num_neurons)
+    return products_of(list(_parts(params, spec, statistics, rounding)), spec.num_neurons)
 
 
 def _parts(
@@ -279,8 +254,8 @@ def _kernel_part(
         [cols_of(site, m, granularity) for m in cols],
         [m.entry for m in rows],
         [m.entry for m in cols],
-        _over_window(POWER * _log(jnp.abs(weights))),
-        _log(sensitivity.sum(3)),
+        _over_window(POWER * log_masses(jnp.abs(weights))),
+        log_masses(sensitivity.sum(3)),
         units_of(site, granularity),
         _offset(weight_steps(bits)),
     )
@@ -298,8 +273,8 @@ def _activation_part(
         [m.neurons.reshape(1, -1) for m in scales],
         [],
         [-m.entry for m in scales],
-        POWER * _log(width(read.minimum, read.maximum, symmetric))[None, None],
-        _log(read.sensitivity)[None, None],
+        POWER * log_masses(width(read.minimum, read.maximum, symmetric))[None, None],
+        log_masses(read.sensitivity)[None, None],
         np.repeat(np.arange(steps), site.num_channels // steps)[None],
         _offset(activation_steps(bits, symmetric)),
     )
@@ -309,126 +284,5 @@ def _offset(steps: int) -> float:
     return math.log(VARIANCE) - 2 * math.log(steps)
 
 
-def _log(values: jax.Array) -> jax.Array:
-    return jnp.where(
-        values > 0,
-        jnp.log(jnp.where(values > 0, values, 1)),
-        jnp.where(values == 0, -jnp.inf, jnp.nan),
-    )
-
-
 def _over_window(logs: jax.Array) -> jax.Array:
     return logs[..., 0] if logs.shape[-1] == 1 else jax.nn.logsumexp(logs, axis=-1)
-
-
-def _merged(part: Part) -> Part:
-    """Rows that belong to the same neurons as one; and columns, if their unit is the same, too."""
-    if part.ranges.shape[0] > 1:
-        return part
-    rows, owners = _distinct(part.rows, part.ranges.shape[1])
-    cols, others = _distinct([*part.cols, part.units], part.ranges.shape[2])
-    ranges, noises = (
-        _segments(_segments(logs, owners, 1), others, 2) for logs in (part.ranges, part.noises)
-    )
-    return part._replace(rows=rows, cols=cols[:-1], ranges=ranges, noises=noises, units=cols[-1])
-
-
-def _distinct(along: list[np.ndarray], size: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The distinct positions of a side, and which of them each position is."""
-    table = np.stack([*(x.reshape(-1) for x in along), np.zeros(size, int)])
-    found, owners = np.unique(table, axis=1, return_inverse=True)
-    return [row[None] for row in found[:-1]], owners.reshape(-1)
-
-
-def _segments(logs: jax.Array, owners: np.ndarray, axis: int) -> jax.Array:
-    """log Σ exp over the positions of an axis that have one owner."""
-    count = int(owners.max()) + 1
-    if count == owners.size:
-        # In the order of their owners.
-        return jnp.take(logs, np.argsort(owners), axis=axis)
-    moved = jnp.moveaxis(logs, axis, 0)
-    tops = jax.ops.segment_max(moved, owners, count)
-    tops = jnp.where(tops > -jnp.inf, tops, 0)
-    sums = jax.ops.segment_sum(jnp.exp(moved - tops[owners]), owners, count)
-    return jnp.moveaxis(_log(sums) + tops, 0, axis)
-
-
-def _flat(part: Part) -> Part:
-    """A part of one row, or of one column, as columns of one row."""
-    batch, rows, cols = shape = part.ranges.shape
-    if rows > 1 and cols > 1:
-        return part
-    sides = [
-        *(x.reshape(batch, rows, 1) for x in part.rows),
-        *(x.reshape(batch, 1, cols) for x in part.cols),
-        part.units.reshape(batch, 1, cols),
-    ]
-    *neurons, units = (np.broadcast_to(x, shape).reshape(1, -1) for x in sides)
-    ranges, noises = (logs.reshape(1, 1, -1) for logs in (part.ranges, part.noises))
-    entries = [*part.row_entries, *part.col_entries]
-    return Part([], neurons, [], entries, ranges, noises, units, part.offset)
-
-
-def _products(parts: list[Part], num_neurons: int) -> Products:
-    """All parts, those of one shape on top of each other."""
-    found = [_flat(_merged(part)) for part in parts]
-    starts = np.cumsum([0, *(int(part.units.max()) + 1 for part in found)])
-    offsets = np.repeat([part.offset for part in found], np.diff(starts))
-    numbered = [
-        part._replace(units=part.units + start) for part, start in zip(found, starts, strict=False)
-    ]
-    stacks: dict[tuple[int, int], list[Part]] = {}
-    for part in numbered:
-        rows, cols = part.ranges.shape[1:]
-        stacks.setdefault((rows, cols if rows > 1 else 0), []).append(part)
-    depth = max(1, *(len(side) for part in found for side in (part.rows, part.cols)))
-    neurons, entries, units = [], [], []
-    ranges, noises = [], []
-    for (rows, _), stack in stacks.items():
-        # Columns of one row go side by side.
-        axis = 0 if rows > 1 else 2
-        sides = [
-            _slots(part.rows, part.row_entries, part.ranges.shape[:2], depth, num_neurons)
-            for part in (stack if rows > 1 else stack[:1])
-        ]
-        sides += [
-            _slots(part.cols, part.col_entries, part.ranges.shape[::2], depth, num_neurons)
-            for part in stack
-        ]
-        neurons += [side[0] for side in sides]
-        entries += [side[1] for side in sides]
-        units += [part.units.reshape(-1) for part in stack]
-        ranges.append(jnp.concatenate([part.ranges for part in stack], axis))
-        noises.append(jnp.concatenate([part.noises for part in stack], axis))
-    dtype = ranges[0].dtype
-    return Products(
-        (
-            _factor(2 / POWER, -POWER, ranges, dtype),
-            _factor(1.0, 2.0, noises, dtype),
-        ),
-        jnp.asarray(np.concatenate(neurons, 1).astype(np.int32)),
-        jnp.asarray(np.concatenate(entries, 1).astype(dtype)),
-        jnp.asarray(np.concatenate(units).astype(np.int32)),
-        jnp.asarray(offsets.astype(dtype)),
-    )
-
-
-def _factor(weight: float, exponent: float, logs: list[jax.Array], dtype: Any) -> Factor:
-    return Factor(jnp.asarray(weight, dtype), jnp.asarray(exponent, dtype), tuple(logs))
-
-
-def _slots(
-    along: list[np.ndarray],
-    entries: list[float],
-    shape: tuple[int, ...],
-    depth: int,
-    num_neurons: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons of positions, and B, (depth, positions)."""
-    size = math.prod(shape)
-    neurons, factors = np.full((depth, size), num_neurons), np.zeros((depth, size))
-    for k, (met, entry) in enumerate(zip(along, entries, strict=True)):
-        flat = met.reshape(-1)
-        neurons[k] = np.where(flat < 0, num_neurons, flat)
-        factors[k] = np.where(flat < 0, 0, entry)
-    return neurons, factors
