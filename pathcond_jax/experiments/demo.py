@@ -25,6 +25,7 @@ from rich.table import Table
 import pathcond_jax as pathcond
 from pathcond_jax import plotting
 from pathcond_jax.experiments import data, models, training
+from pathcond_jax.experiments.study import compiled_fast
 
 PyTree = Any
 STARTS = ("(a) standard", "(b) rescaled", "(c) conditioned (a)", "(d) conditioned (b)")
@@ -99,12 +100,16 @@ class Result(NamedTuple):
 
 
 def studies(quick: bool = False) -> tuple[Study, ...]:
-    """The two networks of the demonstration; ``quick``: one seed, few epochs."""
-    mlp = models.MLP(widths=(128,) * 6)
-    cnn = models.CNN(channels=(8, 16, 32))
+    """The two networks of the demonstration; ``quick``: smaller ones, one seed, few epochs."""
+    layers, channels = (3, (8, 16)) if quick else (6, (8, 16, 32))
+    mlp, cnn = models.MLP(widths=(128,) * layers), models.CNN(channels=channels)
     both = (
-        Study("MLP 64-128×6-10", mlp, mlp),
-        Study("CNN 8-16-32", cnn, cnn.clone(convolution=models.convolve_by_products)),
+        Study(f"MLP 64-128×{layers}-10", mlp, mlp),
+        Study(
+            f"CNN {'-'.join(map(str, channels))}",
+            cnn,
+            cnn.clone(convolution=models.convolve_by_products),
+        ),
     )
     if not quick:
         return both
@@ -313,7 +318,7 @@ def main(out: Path, quick: bool = False, console: Console | None = None) -> None
         TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with compiled_fast(quick), Progress(*columns, console=console) as progress:
         tasks = [
             progress.add_task(s.title, total=s.num_epochs * len(s.learning_rates)) for s in chosen
         ]

@@ -3,13 +3,11 @@
 To add a study, write a module as ``study.py`` describes and list it in ``STUDIES``.
 """
 
-import contextlib
 import importlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -17,7 +15,16 @@ from rich.table import Table as RichTable
 
 from pathcond_jax.experiments import sources
 from pathcond_jax.experiments.store import Store, write_csv
-from pathcond_jax.experiments.study import Context, Options, Report, Result, Study, Table, Task
+from pathcond_jax.experiments.study import (
+    Context,
+    Options,
+    Report,
+    Result,
+    Study,
+    Table,
+    Task,
+    compiled_fast,
+)
 
 # A name is also the module's name in this package; the line says what it shows.
 STUDIES = {
@@ -93,7 +100,7 @@ def main(
         # A missing file is better reported now than after an hour of other tasks.
         sources.load(options.dataset, data_dir)
     store = Store(out / name)
-    with _compiled_fast(quick and name not in MEASURE_TIME):
+    with compiled_fast(quick and name not in MEASURE_TIME):
         results = _run_all(module, module.tasks(options), store, data_dir, fresh, console)
     report = module.report(results)
     for table in report.tables:
@@ -125,18 +132,6 @@ def _dataset(name: str, module: Study, asked: str | None) -> str:
         known = ", ".join(module.DATASETS) or "none: it needs no data"
         raise UsageError(f"{name} has no data set {asked!r}; there are {known}")
     return asked
-
-
-@contextlib.contextmanager
-def _compiled_fast(wanted: bool) -> Iterator[None]:
-    """Small grids take longer to compile than to run, so XLA leaves out most optimizations."""
-    option = "jax_disable_most_optimizations"
-    before = jax.config.values[option]
-    jax.config.update(option, before or wanted)
-    try:
-        yield
-    finally:
-        jax.config.update(option, before)
 
 
 def _run_all(

@@ -119,6 +119,18 @@ def double_precision() -> Iterator[None]:
         jax.config.update("jax_enable_x64", before)
 
 
+@contextlib.contextmanager
+def compiled_fast(wanted: bool) -> Iterator[None]:
+    """Small grids take longer to compile than to run, so XLA leaves out most optimizations."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.values[option]
+    jax.config.update(option, before or wanted)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
+
+
 def mean_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
     """The mean over the last axis and the half-width of its 95 % confidence interval.
 
