@@ -16,7 +16,7 @@ import numpy as np
 from pathcond_jax._program import kinds
 from pathcond_jax._program.primitives import find, runs_only
 from pathcond_jax._symmetry import product_rules, structural_rules
-from pathcond_jax._symmetry.equations import WILD, Term
+from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.values import (
     MAX_JOINT,
     RULES,
@@ -64,15 +64,7 @@ def _alike(scope: Scope, scales: Sequence[Scale]) -> Terms:
     return scope.equate(scales, len(scope.out_shape()), because)
 
 
-@rule("sub")
-def _difference(scope: Scope, one: Scale, two: Scale) -> list[Terms]:
-    """A value minus itself is zero or not a number, which fits every scale."""
-    if scope.node.inputs[0] == scope.node.inputs[1]:
-        return [(Term(1.0, np.full((1,) * len(scope.out_shape()), WILD)),)]
-    return [_alike(scope, (one, two))]
-
-
-@rule("min", "rem", "complex")
+@rule("sub", "min", "rem", "complex")
 def _additive(scope: Scope, *scales: Scale) -> list[Terms]:
     return [_alike(scope, scales)]
 

@@ -189,10 +189,6 @@ def cumulated(**options):
     return lambda h, params: jax.lax.cumprod(h[:, :4], 1, **options)
 
 
-def minus_itself(h, params):
-    return (h - h) + h[:, ::-1]
-
-
 def raised_at_no_place(h, params):
     """A power that is put together when the program is traced."""
     return h ** jnp.full((5, 4), 2.0).at[0].multiply(1.0)
@@ -227,7 +223,6 @@ REDUCTIONS = {
     "windows multiplied, some smaller": (windows_of(constant(1.0), jax.lax.mul, "SAME"), 0),
     "products so far": (cumulated(), 4),
     "products from the last one": (cumulated(reverse=True), 4),
-    "minus itself": (minus_itself, 4),
     "a constant power": (raised_at_no_place, 4),
     "repeated": (repeated_by_counts, 3),
     "applied at positions": (applied_at, 3),
