@@ -29,9 +29,19 @@ def widened(value: Any) -> jax.Array:
 def part_of(array: jax.Array, start: int, size: int) -> jax.Array:
     """``array[start : start + size]`` of a vector.
 
-    Outside of ``jit``, parts of one size share what is compiled. Within, devices that divide the
-    vector are told where the part begins.
+    Outside of ``jit``, parts of one size share what is compiled. So they do within: XLA compiles
+    equal kernels once, and a start that it knows would make each part, and what reads it, a kernel
+    of its own. Hence positions in an array, which stays outside of the kernels, and a product with
+    1, which is neither an array of one number nor joined with what reads it.
     """
-    if is_traced(array):
-        return lax.slice_in_dim(array, start, start + size)
-    return lax.dynamic_slice_in_dim(array, np.int32(start), size)
+    if not is_traced(array):
+        return lax.dynamic_slice_in_dim(array, np.int32(start), size)
+    here = np.arange(start, start + size, dtype=np.int32)
+    return _products(array, np.stack([here, np.full_like(here, array.shape[0])], 1))
+
+
+@jax.jit
+def _products(array: jax.Array, positions: jax.Array) -> jax.Array:
+    """For each row of positions the product of what is there; 1 is behind the end."""
+    extended = jnp.append(array, jnp.ones((1,), array.dtype))
+    return extended.at[positions].get(mode="promise_in_bounds").prod(1)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._spec.arrays import part_of
+
 LogScales = tuple[jax.Array, ...]
 """z, one array ``(group.size,)`` per group of a spec, in its order; the scales are λ = e^z."""
 
@@ -26,4 +28,5 @@ def by_group(values: jax.Array, sizes: Sequence[int]) -> LogScales:
     Returns:
       One array per group.
     """
-    return tuple(jnp.split(values, np.cumsum(sizes, dtype=int))[:-1])
+    starts = np.cumsum([0, *sizes], dtype=int)
+    return tuple(part_of(values, int(k), size) for k, size in zip(starts, sizes, strict=False))
