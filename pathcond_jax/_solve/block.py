@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
-from pathcond_jax._solve.flat_objective import Problem, Run
+from pathcond_jax._solve.flat_objective import Problem, Run, Sums
 from pathcond_jax._solve.one_neuron import Neurons, log_masses, log_x, neurons_at
 from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.spec import ArchSpec
@@ -55,7 +55,13 @@ def block(
 def block_sweep(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     """One exact minimization over each color in turn; never increases F."""
     table, sets = stacks.table(spec), colors(spec)
-    z, _ = lax.scan(lambda z, color: (_block_step(problem, table, color, z), None), z, sets)
+
+    def step(z: jax.Array, color: Color) -> tuple[jax.Array, None]:
+        return block_step(
+            problem, table, color, z, flat_objective.log_sums(problem, table, 0, z)
+        ), None
+
+    z, _ = lax.scan(step, z, sets)
     return z
 
 
@@ -94,7 +100,7 @@ def colors(spec: ArchSpec) -> Color:
     return Color(mask, np.array([joined for joined, _ in palette]))
 
 
-def _block_step(problem: Problem, table: Table, color: Color, z: jax.Array) -> jax.Array:
+def block_step(problem: Problem, table: Table, color: Color, z: jax.Array, sums: Sums) -> jax.Array:
     """The exact minimum over one color; of an upper bound of F if its neurons meet on edges.
 
     Neurons that never meet share only S, which makes their joint minimum a scalar equation
@@ -108,7 +114,6 @@ def _block_step(problem: Problem, table: Table, color: Color, z: jax.Array) -> j
     equation serves with D' for D, half the tilt and twice the box, and δ is twice the step: this is
     the ``factor`` below.
     """
-    sums = flat_objective.log_sums(problem, table, 0, z)
     moving, factor = problem.box.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
     neurons = neurons_at(problem, sums.met, z, powers=table.powers)
     neurons = neurons._replace(
@@ -127,17 +132,16 @@ def _block_step(problem: Problem, table: Table, color: Color, z: jax.Array) -> j
 def _untouched(table: Table, moving: jax.Array, masses: jax.Array) -> jax.Array:
     """The mass of the entries that meet no moving neuron, when none meets two."""
     met = stacks.spread_any(table, moving)
-    touched = stacks.split_sides(table, jnp.where(met, masses, 0))
-    still = stacks.split_sides(table, jnp.where(met, 0, masses))
-    flags = stacks.split_sides(table, met)
+    parts = jnp.stack(
+        [jnp.where(met, 0, masses), jnp.where(met, masses, 0), met.astype(masses.dtype)]
+    )
     rest = jnp.zeros((), masses.dtype)
-    for (row_still, col_still), (_, col_met), (row_flags, col_flags) in zip(
-        still, touched, flags, strict=True
-    ):
+    for rows, cols in stacks.side_sums(table, parts):
+        (row_still, _, rows_met), (col_still, col_moving, cols_met) = rows, cols
         # Where only one side moves, its still slices are the rest: a sum, without cancellation.
-        both = jnp.maximum(row_still.sum(1) - col_met.sum(1), 0)
-        left = jnp.where(row_flags.any(1), both, col_still.sum(1))
-        rest = rest + jnp.where(col_flags.any(1), left, row_still.sum(1)).sum()
+        both = jnp.maximum(row_still - col_moving, 0)
+        left = jnp.where(rows_met > 0, both, col_still)
+        rest = rest + jnp.where(cols_met > 0, left, row_still).sum()
     return rest
 
 

@@ -87,6 +87,7 @@ class Run(NamedTuple):
       suboptimality: an upper bound of F(z) − min F.
       value: F(z).
       gradient_norm: the norm of its gradient, projected on the box.
+      before: F where the method started; None: it does not know.
     """
 
     z: jax.Array
@@ -96,6 +97,7 @@ class Run(NamedTuple):
     suboptimality: jax.Array
     value: jax.Array
     gradient_norm: jax.Array
+    before: jax.Array | None = None
 
 
 Minimize = Callable[[Any, ArchSpec, jax.Array, jax.Array, jax.Array], Run]
@@ -202,8 +204,12 @@ def weights(problem: Problem, table: Table, term: int, z: jax.Array) -> Weights:
 
 def log_sums(problem: Problem, table: Table, term: int, z: jax.Array) -> Sums:
     """The sums of one term at z, from matrix-vector products with the equilibrated masses."""
-    found = weights(problem, table, term, z)
-    return Sums(found.total, stacks.collect_log(table, found.logs), found.logs)
+    return sums_of(table, weights(problem, table, term, z))
+
+
+def sums_of(table: Table, weights: Weights) -> Sums:
+    """The sums of one term whose masses are known at a point."""
+    return Sums(weights.total, stacks.collect_log(table, weights.logs), weights.logs)
 
 
 def value(problem: Problem, table: Table, z: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 """All log-scales at once: Newton's method with conjugate gradients inside.
 
 To be read from :func:`newton` down. What a loop repeats is :func:`_look`: what is known at a point
-(:func:`_evaluate`), whether to go there (:func:`_judge`), the next direction
-(:func:`_conjugate_gradients` on :func:`_hessian_product`), and how good the point is
-(:func:`_certificate`). The rest are the neurons that the box holds.
+(:func:`_evaluate`), whether to go there (:func:`_judge`), and the next direction: back, to the
+minimum over one color, or a step of Newton's method (:func:`_conjugate_gradients` on
+:func:`_hessian_product`), which also says how good the point is (:func:`_certificate`). The rest
+are the neurons that the box holds.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
-from pathcond_jax._solve.block import block_sweep, colors
+from pathcond_jax._solve.block import block_step, colors
 from pathcond_jax._solve.flat_objective import Problem, Run
 from pathcond_jax._solve.objective import Model, Smooth
 from pathcond_jax._solve.stacks import Table, Weights
@@ -61,6 +61,7 @@ class State(NamedTuple):
       direction: (H,), where to go from z.
       halvings: how often that was too far.
       steps: how many directions were taken.
+      swept: how many colors were moved to their minimum, before the first direction.
       products: passes over the masses.
       decrement: λ² = −⟨∇F, d⟩ of the last direction.
       done: whether no further direction is to follow.
@@ -68,6 +69,7 @@ class State(NamedTuple):
       suboptimality: an upper bound of F(z) − min F.
       gradient_norm: that of the projected gradient at z.
       ended: whether the last direction was taken.
+      before: F where it started.
     """
 
     z: jax.Array
@@ -76,6 +78,7 @@ class State(NamedTuple):
     direction: jax.Array
     halvings: jax.Array
     steps: jax.Array
+    swept: jax.Array
     products: jax.Array
     decrement: jax.Array
     done: jax.Array
@@ -83,6 +86,7 @@ class State(NamedTuple):
     suboptimality: jax.Array
     gradient_norm: jax.Array
     ended: jax.Array
+    before: jax.Array
 
 
 def newton(
@@ -93,10 +97,8 @@ def newton(
     Converged means ``‖∇F‖ ≤ tol Σ w`` and a Newton decrement ``λ² ≤ tol² Σ w``, or one that
     rounding keeps from shrinking further. The last step is taken even so.
     """
-    table = stacks.table(spec)
     infinity, zero = jnp.full((), jnp.inf, z.dtype), jnp.zeros((), jnp.int32)
     no = jnp.zeros((), bool)
-    z = _start(problem, spec, z)
     start = State(
         z=z,
         value=infinity,
@@ -104,17 +106,19 @@ def newton(
         direction=jnp.zeros_like(z),
         halvings=zero,
         steps=zero,
-        products=zero + len(colors(spec).mask),
+        swept=zero,
+        products=zero,
         decrement=infinity,
         done=max_steps == 0,
         converged=no,
         suboptimality=infinity,
         gradient_norm=infinity,
         ended=no,
+        before=infinity,
     )
     end = lax.while_loop(
         lambda state: ~state.ended,
-        lambda state: _look(problem, table, max_steps, tol, state),
+        lambda state: _look(problem, spec, max_steps, tol, state),
         start,
     )
     return Run(
@@ -125,30 +129,87 @@ def newton(
         end.suboptimality,
         end.value,
         end.gradient_norm,
+        end.before,
     )
 
 
-def _start(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
-    """One block sweep, which brings every neuron within the range of the dtype."""
-    if not problem.masses:
-        return z
-    swept = block_sweep(problem, spec, z)
-    if len(problem.masses) == 1 and not problem.smooth:
-        return swept
-    # One program text for both.
-    value = functools.partial(flat_objective.value, problem, stacks.table(spec))
-    after, before = lax.map(value, jnp.stack([swept, z]))
-    return jnp.where(after <= before, swept, z)
-
-
 def _look(
-    problem: Problem, table: Table, max_steps: jax.Array, tol: jax.Array, state: State
+    problem: Problem, spec: ArchSpec, max_steps: jax.Array, tol: jax.Array, state: State
 ) -> State:
     """Evaluates F where the last direction leads; from there a new one, or back half the way.
 
-    One program text evaluates F, its gradient and all that a direction needs, at the first point,
-    at every trial and at the last point. A trial that is refused finds no new direction: its
-    gradient is masked by 0, and the conjugate gradients stop at once.
+    One program text evaluates F, its gradient and all that a direction needs: at the first point,
+    after each color of the first sweep, at every trial and at the last point.
+    """
+    table = stacks.table(spec)
+    count = len(colors(spec).mask) if problem.masses else 0
+    length = 0.5 ** state.halvings.astype(state.z.dtype)
+    here, smooth_product = _evaluate(
+        problem, table, problem.box.clip(state.z + length * state.direction)
+    )
+    change, accepted = _judge(problem, state, here)
+    first = state.value == jnp.inf
+    accepted, change = accepted | first, jnp.where(first, 0, change)
+    sweeping = state.swept < count
+    state = state._replace(
+        before=jnp.where(first, here.value, state.before), products=state.products + 1
+    )
+    # Transformed by vmap, all three are computed.
+    wanted = accepted & ~sweeping & ~state.done
+    following: State = lax.switch(
+        jnp.where(accepted, jnp.where(sweeping, 1, 2), 0),
+        [
+            lambda: _back(state, count),
+            lambda: _sweep(problem, spec, here, state),
+            lambda: _step(
+                problem, table, here, smooth_product, max_steps, tol, change, wanted, state
+            ),
+        ],
+    )
+    return following
+
+
+def _back(state: State, count: int) -> State:
+    """Half the way of the last direction; none of it, and no further color, in the first sweep."""
+    given_up = state.halvings + 1 >= HALVINGS
+    return state._replace(
+        direction=jnp.where(state.steps == 0, 0, state.direction),
+        halvings=state.halvings + 1,
+        swept=jnp.full_like(state.swept, count),
+        done=state.done | given_up,
+        ended=given_up,
+    )
+
+
+def _sweep(problem: Problem, spec: ArchSpec, here: Iterate, state: State) -> State:
+    """To the minimum over one color, which brings its neurons within the range of the dtype."""
+    if not problem.masses:
+        return state
+    table = stacks.table(spec)
+    color = jax.tree.map(lambda part: jnp.asarray(part)[state.swept], colors(spec))
+    sums = flat_objective.sums_of(table, here.terms[0])
+    moved = block_step(problem, table, color, here.z, sums)
+    return state._replace(
+        z=here.z,
+        value=here.value,
+        gradient=here.gradient,
+        direction=moved - here.z,
+        swept=state.swept + 1,
+    )
+
+
+def _step(
+    problem: Problem,
+    table: Table,
+    here: Iterate,
+    smooth_product: Callable[[jax.Array], jax.Array],
+    max_steps: jax.Array,
+    tol: jax.Array,
+    change: jax.Array,
+    wanted: jax.Array,
+    state: State,
+) -> State:
+    """A direction of Newton's method.
 
     How it ends. The tolerance asks for a small gradient *and* a small Newton decrement: a
     gradient is small along directions of hardly any curvature long before F is near its minimum.
@@ -157,16 +218,6 @@ def _look(
     the ``floor``, and it counts as converged if the gradient is small. The test looks at z before
     the step, which is taken all the same: it costs one evaluation and usually squares the error.
     """
-    length = 0.5 ** state.halvings.astype(state.z.dtype)
-    # Clipped: where F is almost linear, a full step may leave the range of the dtype.
-    step = jnp.clip(length * state.direction, -REACH, REACH)
-    trial = problem.box.clip(state.z + step)
-    here, smooth_product = _evaluate(problem, table, trial)
-    change, accepted = _judge(problem, state, here)
-    first = state.value == jnp.inf
-    accepted, change = accepted | first, jnp.where(first, 0, change)
-    given_up = ~accepted & (state.halvings + 1 >= HALVINGS)
-
     z, gradient, total = here.z, here.gradient, problem.scale
     # Vanishes with the gradient, and keeps neurons with hardly any mass within reach.
     damping = jnp.abs(gradient) / REACH
@@ -177,7 +228,7 @@ def _look(
     def curvature(v: jax.Array) -> jax.Array:
         return _hessian_product(problem, table, here, v) + smooth_product(v) + damping * v
 
-    forward = jnp.where(free & accepted & ~state.done, gradient, 0)
+    forward = jnp.where(free & wanted, gradient, 0)
     size = jnp.sqrt(jnp.sum(forward**2 / diagonal) / total)
     # Looser far from the minimum, tighter near it: convergence faster than linear (Dembo,
     # Eisenstat, Steihaug 1982) without solving exactly where the model is poor anyway.
@@ -196,13 +247,15 @@ def _look(
     converged = (norm <= tol * total) & ((decrement <= tol**2 * total) | floor)
     rounding = jnp.finfo(z.dtype).eps * total
     steps = state.steps + jnp.where(state.done, 0, 1)
-    moved = state._replace(
+    return state._replace(
         z=z,
         value=here.value,
         gradient=gradient,
-        direction=direction,
+        # Clipped: where F is almost linear, a full step may leave the range of the dtype.
+        direction=jnp.clip(direction, -REACH, REACH),
         halvings=jnp.zeros_like(state.halvings),
         steps=steps,
+        products=state.products + inner,
         decrement=decrement,
         done=state.done | converged | floor | (steps >= max_steps),
         converged=jnp.where(state.done, state.converged, converged),
@@ -210,9 +263,6 @@ def _look(
         gradient_norm=norm,
         ended=state.done,
     )
-    stayed = state._replace(halvings=state.halvings + 1, done=state.done | given_up, ended=given_up)
-    following: State = jax.tree.map(functools.partial(jnp.where, accepted), moved, stayed)
-    return following._replace(products=state.products + 1 + inner)
 
 
 def _judge(problem: Problem, state: State, here: Iterate) -> tuple[jax.Array, jax.Array]:

@@ -285,16 +285,18 @@ def _solve(
     problem = chosen.prepare(goal, spec, jnp.asarray(limit))
     dtype = problem.box.limit.dtype
     z = jnp.zeros((spec.num_neurons,), dtype)
-    before = chosen.value(problem, stacks.table(spec), z)
     if initial is None:
-        z = chosen.start(problem, spec, z)
+        start = chosen.start(problem, spec, z)
     else:
-        z = problem.box.start(concatenated(initial, dtype))
+        start = problem.box.start(concatenated(initial, dtype))
     run = chosen.run
     if isinstance(goal, Objective) and goal.concave:
         run = functools.partial(difference.descend, run)
     # Python's numbers under jax.disable_jit.
     tol = jnp.asarray(tols[jnp.finfo(dtype).bits]).astype(dtype)
-    found = run(problem, spec, z, jnp.asarray(max_steps, jnp.int32), tol)
+    found = run(problem, spec, start, jnp.asarray(max_steps, jnp.int32), tol)
+    before = found.before if initial is None else None
+    if before is None:
+        before = chosen.value(problem, stacks.table(spec), z)
     if_clipped = jnp.where(own_limit, Status.CLIPPED, Status.UNBOUNDED)
     return solution_of(found, problem.box, layout(spec).sizes, if_clipped, before)

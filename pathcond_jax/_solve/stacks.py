@@ -23,6 +23,7 @@ from jax import lax
 
 from pathcond_jax._solve.arrangement import Piece, Table, groups_of, table
 from pathcond_jax._solve.objective import LogSum
+from pathcond_jax._spec.arrays import part_of
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 
 __all__ = ["Table", "groups_of", "table"]
@@ -81,19 +82,14 @@ def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> LogSum:
 def are_masses(term: LogSum) -> jax.Array:
     """Whether all that :func:`stacked` gives are finite and none is negative."""
     # Both ends are NaN where an entry is.
-    ends = [
-        (values.min(2), values.max(2), logs)
-        for values, logs in zip(term.masses, term.log_scales, strict=True)
-    ]
-    valid = [
-        (lowest >= 0).all() & jnp.isfinite(highest).all() & jnp.isfinite(logs).all()
-        for lowest, highest, logs in ends
-    ]
-    return jnp.stack(valid).all()
+    lowest = jnp.concatenate([values.min(2).reshape(-1) for values in term.masses])
+    highest = jnp.concatenate([values.max(2).reshape(-1) for values in term.masses])
+    logs = jnp.concatenate(term.log_scales)
+    return (lowest.min() >= 0) & (highest.max() < jnp.inf) & (jnp.abs(logs).max() < jnp.inf)
 
 
 def equilibrate(term: LogSum, valid: jax.Array) -> Masses:
-    """Masses, 0 unless ``valid``, divided by the largest of their rows and of their columns."""
+    """Masses over the roots of the largest of their row and of their column; 0 unless ``valid``."""
     stacks = zip(term.masses, term.log_scales, strict=True)
     parts = [_equilibrated(values, logs, valid) for values, logs in stacks]
     logs = [(rows, cols) for _, rows, cols in parts]
@@ -185,12 +181,28 @@ def join_sides(sides: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
 
 def split_sides(table: Table, values: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """The inverse of :func:`join_sides`."""
-    sizes = [batch * n for batch, *sides in table.shapes for n in sides]
-    parts = iter(jnp.split(values, np.cumsum(sizes)[:-1]))
+    parts = iter(jnp.split(values, _ends(table)))
     return [
         (next(parts).reshape(batch, rows), next(parts).reshape(batch, cols))
         for batch, rows, cols in table.shapes
     ]
+
+
+def side_sums(table: Table, values: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """The sums of (n, positions) arrays over each side of each batch entry, (n, batch) each."""
+    parts = iter(jnp.split(values, _ends(table), 1))
+    return [
+        (
+            next(parts).reshape(-1, batch, rows).sum(2),
+            next(parts).reshape(-1, batch, cols).sum(2),
+        )
+        for batch, rows, cols in table.shapes
+    ]
+
+
+def _ends(table: Table) -> np.ndarray:
+    """Where each side of each stack ends among the positions, without the last."""
+    return np.cumsum([batch * n for batch, *sides in table.shapes for n in sides])[:-1]
 
 
 def matvec(values: jax.Array, vectors: jax.Array, side: int) -> jax.Array:
@@ -288,28 +300,31 @@ def _finite(top: jax.Array) -> jax.Array:
 def _joined(parts: list[jax.Array]) -> jax.Array:
     """Pieces along the batch axis."""
     first, *others = parts
-    if first.shape[2] == 1 or not others:
-        return jnp.concatenate(parts)
-    # Written where they stay: to concatenate what is computed is to write it twice.
-    count = sum(part.shape[0] for part in parts)
-    values, start = jnp.zeros((count, *first.shape[1:]), first.dtype), 0
-    for part in parts:
+    if not others:
+        return first
+    # Written where they stay: to concatenate what is computed is to write it twice. Parts of one
+    # shape are one kernel as long as XLA does not know where they go.
+    *starts, count = np.cumsum([0, *(part.shape[0] for part in parts)], dtype=np.int32)
+    hidden = lax.optimization_barrier(np.array(starts))
+    values = jnp.zeros((count, *first.shape[1:]), first.dtype)
+    for k, part in enumerate(parts):
+        start = part_of(hidden, k, 1).reshape(())
         values = lax.dynamic_update_slice_in_dim(values, part, start, 0)
-        start += part.shape[0]
     return values
 
 
 def _equilibrated(
     values: jax.Array, logs: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # Rows, then columns of what is left: every entry is at most 1, and every column that has mass
-    # has a 1, so sums over neither can leave the range of the dtype.
-    rows = jnp.where(valid, values.max(2, keepdims=True), 0)
-    values = jnp.where(valid, values / jnp.where(rows > 0, rows, 1), 0)
-    cols = values.max(1, keepdims=True)
-    values = values / jnp.where(cols > 0, cols, 1)
+    # An entry is at most the largest of its row and of its column, so at most their geometric mean:
+    # what is left is at most 1, and sums over neither can leave the range of the dtype. One array
+    # is written; rows first, and columns of what is left then, would be two.
+    ends = [jnp.where(valid, values.max(axis, keepdims=True), 0) for axis in (2, 1)]
+    row_factors, col_factors = (jnp.where(end > 0, 1 / jnp.sqrt(end), 0) for end in ends)
+    values = jnp.where(valid, values, 0) * row_factors * col_factors
+    rows, cols = (0.5 * jnp.log(end) for end in ends)
     logs = jnp.where(valid, logs, 0)
-    return values, jnp.log(rows[:, :, 0]) + logs[:, None], jnp.log(cols[:, 0, :])
+    return values, rows[:, :, 0] + logs[:, None], cols[:, 0, :]
 
 
 def _fitted(values: jax.Array, piece: Piece, dtype: jnp.dtype) -> jax.Array:

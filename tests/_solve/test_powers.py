@@ -314,7 +314,9 @@ def test_what_every_solver_promises(x64, kind):
     assert solution.status in (pathcond.Status.CONVERGED, pathcond.Status.CLIPPED)
     again = criterion.solve(tree, spec, initial=solution)
     assert int(again.num_steps) <= max(int(solution.num_steps), 1)
-    assert float(again.objective) <= float(solution.objective) + 1e-7 * abs(solution.objective)
+    # The largest gap of ranges is 0 to within rounding.
+    rounding = 1e-7 * abs(solution.objective) + 4 * jnp.finfo(jnp.float64).eps
+    assert float(again.objective) <= float(solution.objective) + float(rounding)
     assert float(solution.objective) <= float(solution.objective_before)
 
     boxed = criterion.solve(
