@@ -167,6 +167,53 @@ def distributed():
     report("distributed", result, condition(params), shardings, compiled, count=len(jax.devices()))
 
 
+def scanned():
+    """A scan over three stacked pre-norm layers: every array split, then the hidden neurons."""
+    shapes = {
+        "in": (16, 32),
+        "scale": (3, 32),
+        "up": (3, 32, 64),
+        "bias": (3, 64),
+        "down": (3, 64, 32),
+        "out": (32, 8),
+    }
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+    def layer(x, slices):
+        normal = x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True))
+        hidden = jax.nn.relu(normal * slices["scale"][None] @ slices["up"] + slices["bias"][None])
+        return x + hidden @ slices["down"], None
+
+    def network(params, x):
+        slices = {name: params[name] for name in ("scale", "up", "bias", "down")}
+        return jax.lax.scan(layer, x @ params["in"], slices)[0] @ params["out"]
+
+    spec = pathcond.trace_spec(network, params, jnp.ones((2, 16)))
+    condition = jax.jit(lambda p: pathcond.condition(p, spec, "enorm")[0])
+    expected = condition(params)
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    split = {
+        "fully": {"up": P(None, "devices"), "bias": P(None, "devices"), "down": P(None, "devices")},
+        "hidden": {
+            "up": P(None, None, "devices"),
+            "bias": P(None, "devices"),
+            "down": P(None, "devices", None),
+        },
+    }
+    for name, specs in split.items():
+        edges = {"in": P("devices"), "out": P("devices"), "scale": P(None, "devices")}
+        whole = dict.fromkeys(params, P()) | specs | (edges if name == "fully" else {})
+        shardings = {key: NamedSharding(mesh, whole[key]) for key in params}
+        placed = jax.tree.map(jax.device_put, params, shardings)
+        compiled = condition.lower(placed).compile()
+        groups = sorted(group.size for group in spec.groups)
+        report(f"scanned {name}", compiled(placed), expected, shardings, compiled, groups=groups)
+
+
 if PROCESSES > 1:
     jax.distributed.initialize(
         f"127.0.0.1:{sys.argv[4]}", PROCESSES, int(sys.argv[3]), initialization_timeout=60
@@ -174,5 +221,5 @@ if PROCESSES > 1:
     distributed()
     jax.distributed.shutdown()
 else:
-    for check in (fully_sharded, trained, initialized, explicit):
+    for check in (fully_sharded, trained, initialized, explicit, scanned):
         check()

@@ -58,6 +58,16 @@ def test_sharded_equals_single_device(reports, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["scanned fully", "scanned hidden"])
+def test_scanned_stack_is_gathered_nowhere(reports, name):
+    report = reports[name]
+    assert 3 * 64 in report["groups"]
+    assert report["deviation"] < 1e-5
+    assert report["kept"]
+    assert report["gathered"] <= NEURON_VECTORS
+
+
+@pytest.mark.slow
 def test_two_processes():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
