@@ -123,7 +123,7 @@ def _coefficients(record: Record, number: int, by: tuple[int, ...]) -> np.ndarra
     ones = [np.ones(p.mantissa.shape, p.mantissa.dtype) for p in powers if p is not None]
     with jax.ensure_compile_time_eval():
         table = np.asarray(_jacobian(record.linear, number, by, ones, record.extra))
-    return table.reshape(-1, *(ones[k].size for k in by))
+    return table.reshape(len(table), *(ones[k].size for k in by))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
