@@ -144,9 +144,11 @@ def _look(
     table = stacks.table(spec)
     count = len(colors(spec).mask) if problem.masses else 0
     length = 0.5 ** state.halvings.astype(state.z.dtype)
-    here, smooth_product = _evaluate(
-        problem, table, problem.box.clip(state.z + length * state.direction)
-    )
+    # Clipped: where F is almost linear, a full step may leave the range of the dtype. The first
+    # sweep may go far, because what it minimizes is exact.
+    reach = jnp.where(state.steps == 0, jnp.inf, REACH).astype(state.z.dtype)
+    step = jnp.clip(length * state.direction, -reach, reach)
+    here, smooth_product = _evaluate(problem, table, problem.box.clip(state.z + step))
     change, accepted = _judge(problem, state, here)
     first = state.value == jnp.inf
     accepted, change = accepted | first, jnp.where(first, 0, change)
@@ -251,8 +253,7 @@ def _step(
         z=z,
         value=here.value,
         gradient=gradient,
-        # Clipped: where F is almost linear, a full step may leave the range of the dtype.
-        direction=jnp.clip(direction, -REACH, REACH),
+        direction=direction,
         halvings=jnp.zeros_like(state.halvings),
         steps=steps,
         products=state.products + inner,
