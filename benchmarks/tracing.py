@@ -1,6 +1,8 @@
-"""Time and memory of tracing published networks from shapes: one fresh process per network.
+"""Time and memory of tracing networks from shapes: one fresh process per network.
 
-Run ``python benchmarks/tracing.py`` from the repository; name networks of the zoo to choose.
+Run ``python benchmarks/tracing.py`` from the repository; name networks to choose: those of
+published size in the zoo of the tests, those of ``benchmarks/transformers.py``, and
+``llama-32x4096``, which reads 2048 tokens.
 """
 
 import multiprocessing
@@ -9,18 +11,46 @@ import sys
 import time
 from pathlib import Path
 
-NETWORKS = ("vgg16", "resnet18", "resnet50", "transformer-1.5b")
+import jax
+import transformers
+
+import pathcond_jax as pathcond
+
+NETWORKS = (
+    "vgg16",
+    "resnet18",
+    "resnet50",
+    "transformer-1.5b",
+    "blocks-12x256",
+    "blocks-12x256-scan",
+    "blocks-48x256-scan",
+    "llama-32x4096",
+)
+LARGE = {
+    "llama-32x4096": transformers.Network(
+        transformers.LanguageModel(transformers.LlamaBlock, 32, 4096, 64), (1, 2048)
+    )
+}
 
 
-def measure(name, results):
+def of_name(name):
+    """An apply function, the shapes of its parameters and an input."""
+    flax_networks = transformers.NETWORKS | LARGE
+    if name in flax_networks:
+        network = flax_networks[name]
+        x = jax.ShapeDtypeStruct(network.shape, network.dtype)
+        return network.model.apply, jax.eval_shape(network.model.init, jax.random.key(0), x), x
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from zoo import FULL_SIZE
 
-    import pathcond_jax as pathcond
-
     network = FULL_SIZE[name]()
+    return network.apply_fn, network.params, network.x
+
+
+def measure(name, results):
+    apply_fn, params, x = of_name(name)
     wall, cpu = time.perf_counter(), time.process_time()
-    spec = pathcond.trace_spec(network.apply_fn, network.params, network.x)
+    spec = pathcond.trace_spec(apply_fn, params, x)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     results.put((spec.num_parameters, spec.num_neurons, wall, cpu, memory))
@@ -28,7 +58,7 @@ def measure(name, results):
 
 def main():
     context = multiprocessing.get_context("spawn")
-    print("network              parameters   neurons  wall [s]  CPU [s]  peak RSS [GB]")
+    print("network               parameters   neurons  wall [s]  CPU [s]  peak RSS [GB]")
     for name in sys.argv[1:] or NETWORKS:
         results = context.SimpleQueue()
         process = context.Process(target=measure, args=(name, results))
@@ -37,7 +67,7 @@ def main():
         if process.exitcode:
             sys.exit(process.exitcode)
         parameters, neurons, wall, cpu, memory = results.get()
-        print(f"{name:18} {parameters:12,} {neurons:9,} {wall:9.1f} {cpu:8.1f} {memory:14.2f}")
+        print(f"{name:19} {parameters:13,} {neurons:9,} {wall:9.1f} {cpu:8.1f} {memory:14.2f}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@
 
 A *copy* reads and writes every entry once: a compiled ``tree.map(lambda a: a * 1.0001)``. All run
 times are given in copies, all compile times in those of a training step (gradient and Adam), both
-measured in the same process, run times in turns. Bytes are those of XLA's cost analysis over those
-of the parameters; a loop's body counts once there. Memory is XLA's temporary memory over the
-parameters; with donated parameters nothing is added to it. Each network has a process of its own.
+measured in the same process, run times in turns. Tracing, lowering, compiling and first calls are
+given in processor time, which other processes disturb less. Bytes are those of XLA's cost analysis
+over those of the parameters; a loop's body counts once there. Memory is what XLA needs beyond the
+parameters, over the parameters: temporaries alone, and, for a call that is given its parameters to
+keep, temporaries and those outputs that take no parameter's place. Each network has a process of
+its own.
 """
 
 import argparse
@@ -203,27 +206,36 @@ def in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     return [statistics.median(taken[1:]) for taken in times]
 
 
-def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+def timed(
+    run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> tuple[Any, float]:
     """What a call returns and the seconds that it takes."""
-    start = time.perf_counter()
+    start = clock()
     result = jax.block_until_ready(run())
-    return result, time.perf_counter() - start
+    return result, clock() - start
 
 
 def built(fun: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, dict[str, float]]:
-    """The compiled function; seconds to lower and to compile it, bytes it moves and keeps."""
-    lowered, lower = timed(lambda: jax.jit(fun, **options).lower(*args))
-    compiled, compile_ = timed(lowered.compile)
+    """The compiled function; seconds to lower and to compile it, bytes it moves and needs."""
+    lowered, lower = timed(lambda: jax.jit(fun, **options).lower(*args), time.process_time)
+    compiled, compile_ = timed(lowered.compile, time.process_time)
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return compiled, {
         "lower": lower,
         "compile": compile_,
         "bytes": costs.get("bytes accessed", float("nan")),
         "temporary": memory.temp_size_in_bytes if memory else float("nan"),
+        "beyond": _beyond(memory) if memory else float("nan"),
         "kernels": sum(
             compiled.as_text().count(f" {kind}(") for kind in ("fusion", "dot", "custom-call")
         ),
     }
+
+
+def _beyond(memory: Any) -> int:
+    """Bytes that a call needs in addition to its arguments."""
+    outputs: int = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return outputs + memory.temp_size_in_bytes
 
 
 def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any]:
@@ -231,7 +243,9 @@ def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any
     example = jnp.ones(network.shape, network.dtype)
     params = jax.jit(network.model.init)(jax.random.key(0), example)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    spec, trace = timed(lambda: pathcond.trace_spec(network.model.apply, params, example))
+    spec, trace = timed(
+        lambda: pathcond.trace_spec(network.model.apply, params, example), time.process_time
+    )
     row: dict[str, Any] = {
         "entries": spec.num_parameters,
         "neurons": spec.num_neurons,
@@ -251,7 +265,8 @@ def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any
     }
     for name, call in calls.items():
         if eager:
-            row[f"{name}: first eager call, s"] = timed(functools.partial(call, params))[1]
+            first = timed(functools.partial(call, params), time.process_time)
+            row[f"{name}: first eager call, s"] = first[1]
         compiled, figures = built(call, params)
         taken, unit_pass = in_turns([functools.partial(compiled, params), copied], repeats)
         row[f"{name}: copies"] = taken / unit_pass
@@ -261,6 +276,8 @@ def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any
         row[f"{name}: kernels"] = figures["kernels"]
         row[f"{name}: bytes / parameters"] = figures["bytes"] / size
         row[f"{name}: memory / parameters"] = figures["temporary"] / size
+        _, donated = built(call, params, donate_argnums=0)
+        row[f"{name}: memory / parameters, donated"] = donated["beyond"] / size
         if name in CRITERIA:
             solution = compiled(params)[1]
             row[f"{name}: steps, products"] = (
@@ -306,7 +323,7 @@ def main() -> None:
         rows[name] = results.get()
         print(f"\n{name}")
         for key, value in rows[name].items():
-            print(f"  {key:36} {value:.4g}" if isinstance(value, float) else f"  {key:36} {value}")
+            print(f"  {key:40} {value:.4g}" if isinstance(value, float) else f"  {key:40} {value}")
         sys.stdout.flush()
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1))
