@@ -1,12 +1,17 @@
 """Qwix quantizes conditioned networks, linen and nnx; from an unlucky representative it cannot."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
+import nbformat
 import numpy as np
 import pytest
 import qwix
 from flax import linen as nn
 from flax import nnx
+from nbclient import NotebookClient
 
 import pathcond_jax as pathcond
 
@@ -86,3 +91,25 @@ def test_nnx(rule):
     found = decibels(wanted, qwix.quantize_model(model, provider(rule), X)(X))
     assert found > LEAST[rule]
     assert found > before + 3.0
+
+
+@pytest.mark.filterwarnings("default")  # The kernel is a process of its own; this is its client.
+def test_the_notebook_prints_what_is_stored(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    root = pathlib.Path(__file__).parents[2]
+    stored, fresh = (
+        nbformat.read(root / "notebooks" / "04_quantize_with_qwix.ipynb", as_version=4)
+        for _ in range(2)
+    )
+    resources = {"metadata": {"path": str(root)}}
+    NotebookClient(fresh, timeout=300, kernel_name="python3", resources=resources).execute()
+    found, wanted = (
+        "".join(o.get("text", "") for o in notebook.cells[-2].outputs)
+        for notebook in (fresh, stored)
+    )
+    line = re.compile(r"^(.+?) +([\d.]+) dB +([\d.]+) % right$", re.M)
+    assert len(line.findall(found)) == 6
+    for one, other in zip(line.findall(found), line.findall(wanted), strict=True):
+        assert one[0] == other[0]
+        assert float(one[1]) == pytest.approx(float(other[1]), abs=2.0)
+        assert float(one[2]) == pytest.approx(float(other[2]), abs=2.0)
