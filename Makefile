@@ -41,7 +41,7 @@ demo: $(VENV)/installed  ## run the demonstration
 test: $(VENV)/installed  ## run the tests; ARGS="-k name" goes to pytest
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "not study" $(ARGS)
 
-studies: $(VENV)/installed  ## run every study of `pathcond reproduce` on its small grid, into build/studies
+studies: $(VENV)/installed  ## run the notebooks, and every study of `pathcond reproduce` on its small grid, into build/studies
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m study $(ARGS)
 
 fuzz: $(VENV)/installed  ## try COUNT random programs from SEED on; ARGS="--seconds 600" stops earlier

@@ -74,7 +74,7 @@ def test_outputs_are_stored(name):
     assert not any(o.output_type == "error" for cell in code(notebook) for o in cell.outputs)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.filterwarnings("default")  # The kernel is a process of its own; this is its client.
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_fresh_run_prints_what_is_stored(name, monkeypatch):
