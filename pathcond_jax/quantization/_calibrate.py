@@ -11,7 +11,7 @@ from jax import lax
 
 from pathcond_jax._program.graph import Node
 from pathcond_jax._program.replay import Place, replay
-from pathcond_jax._spec.arrays import widened
+from pathcond_jax._spec.arrays import is_traced, widened
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -119,7 +119,7 @@ def _check_sites(traced: Program) -> None:
 def _check_finite(statistics: Statistics) -> None:
     for site, channels in zip(statistics.sites, statistics.channels, strict=True):
         largest = channels.largest
-        if not isinstance(largest, jax.core.Tracer) and not bool(jnp.isfinite(largest).all()):
+        if not is_traced(largest) and not bool(jnp.isfinite(largest).all()):
             raise SpecError(
                 f"the activations that {site.path!r} reads are NaN or infinite on these batches"
             )
