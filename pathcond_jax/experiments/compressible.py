@@ -1,10 +1,13 @@
 """The networks that are quantized: plain, residual, depthwise, and attention with outliers."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 
 class Residual(nn.Module):
@@ -13,21 +16,27 @@ class Residual(nn.Module):
     Attributes:
       width: of the stream.
       blocks: the number of pairs.
+      stride: of the first convolution.
+      convolution: what computes all of them; see :func:`convolve_by_shifts`.
       num_outputs: the size of the output.
     """
 
     width: int = 16
     blocks: int = 3
+    stride: int = 1
+    convolution: Callable[..., jax.Array] = lax.conv_general_dilated
     num_outputs: int = 10
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
-        x = nn.relu(_normalized(nn.Conv(self.width, (3, 3), use_bias=False)(x), train))
+        conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=self.convolution)
+        x = conv(self.width, (3, 3), strides=(self.stride, self.stride))(x)
+        x = nn.relu(_normalized(x, train))
         for _ in range(self.blocks):
-            y = nn.Conv(self.width, (3, 3), use_bias=False)(x)
+            y = conv(self.width, (3, 3))(x)
             y = nn.relu(_normalized(y, train))
-            y = nn.Conv(self.width, (3, 3), use_bias=False)(y)
+            y = conv(self.width, (3, 3))(y)
             x = nn.relu(x + _normalized(y, train))
         return nn.Dense(self.num_outputs)(x.mean(axis=(1, 2)))
 
@@ -39,25 +48,31 @@ class InvertedResidual(nn.Module):
       width: of the stream.
       expansion: of the width within a block.
       blocks: their number.
+      stride: of the first convolution.
+      convolution: what computes all of them; see :func:`convolve_by_shifts`.
       num_outputs: the size of the output.
     """
 
     width: int = 12
     expansion: int = 4
     blocks: int = 4
+    stride: int = 1
+    convolution: Callable[..., jax.Array] = lax.conv_general_dilated
     num_outputs: int = 10
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
-        x = nn.relu(_normalized(nn.Conv(self.width, (3, 3), use_bias=False)(x), train))
+        conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=self.convolution)
+        x = conv(self.width, (3, 3), strides=(self.stride, self.stride))(x)
+        x = nn.relu(_normalized(x, train))
         inside = self.width * self.expansion
         for _ in range(self.blocks):
-            y = nn.relu(_normalized(nn.Conv(inside, (1, 1), use_bias=False)(x), train))
-            y = nn.Conv(inside, (3, 3), feature_group_count=inside, use_bias=False)(y)
+            y = nn.relu(_normalized(conv(inside, (1, 1))(x), train))
+            y = conv(inside, (3, 3), feature_group_count=inside)(y)
             y = nn.relu(_normalized(y, train))
-            x = x + _normalized(nn.Conv(self.width, (1, 1), use_bias=False)(y), train)
-        x = nn.relu(_normalized(nn.Conv(inside, (1, 1), use_bias=False)(x), train))
+            x = x + _normalized(conv(self.width, (1, 1))(y), train)
+        x = nn.relu(_normalized(conv(inside, (1, 1))(x), train))
         return nn.Dense(self.num_outputs)(x.mean(axis=(1, 2)))
 
 
@@ -109,3 +124,48 @@ class Transformer(nn.Module):
 
 def _normalized(x: jax.Array, train: bool) -> jax.Array:
     return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+
+
+def convolve_by_shifts(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: str,
+    *,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> jax.Array:
+    """``jax.lax.conv_general_dilated`` of one group or depthwise, as products of shifted inputs.
+
+    For training on CPU, where XLA runs depthwise convolutions, and all under ``vmap``, slowly.
+
+    Args:
+      inputs: (batch, height, width, channels).
+      kernel: (kernel height, kernel width, channels of a group, features).
+      strides: of height and width.
+      padding: "SAME" or "VALID".
+      feature_group_count: 1, or as many as channels.
+      **options: the other arguments of ``conv_general_dilated``, at the values Flax gives them
+        for a convolution without dilation.
+
+    Returns:
+      An array (batch, height, width, features).
+    """
+    del options
+    window = kernel.shape[:2]
+    margins = lax.padtype_to_pads(inputs.shape[1:3], window, strides, padding)
+    padded = jnp.pad(inputs, [(0, 0), *margins, (0, 0)])
+    ends = [padded.shape[1 + a] - window[a] + 1 for a in (0, 1)]
+    shifted = [
+        padded[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    if feature_group_count == 1:
+        product: jax.Array = jnp.concatenate(shifted, -1) @ kernel.reshape(-1, kernel.shape[-1])
+        return product
+    factors = kernel.reshape(-1, kernel.shape[-1])
+    return sum(
+        (x * factor[None, None, None] for x, factor in zip(shifted, factors, strict=True)),
+        start=jnp.zeros(()),
+    )

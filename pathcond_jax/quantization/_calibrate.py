@@ -16,7 +16,7 @@ from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.quantization._program import Batch, Program, numbered, program
-from pathcond_jax.quantization._sites import Site, along_channels, channel_scales
+from pathcond_jax.quantization._sites import Site, along_channels, channel_scales, meetings
 from pathcond_jax.quantization._statistics import Channels, Statistics
 
 
@@ -273,6 +273,18 @@ def _statistics(total: Sums, spec: ArchSpec, sites: tuple[Site, ...]) -> Statist
         _largest(spec, sites, channels),
         total.power / count,
         count,
+        _unread(spec, sites),
+        tuple(dict.fromkeys(site.path for site in sites if meetings(site, spec) is None)),
+    )
+
+
+def _unread(spec: ArchSpec, sites: tuple[Site, ...]) -> tuple[str, ...]:
+    read = {site.path for site in sites}
+    # Biases and scales of one axis are rounded by no engine.
+    return tuple(
+        leaf.path
+        for leaf in spec.leaves
+        if leaf.trainable and len(leaf.shape) > 1 and leaf.path not in read
     )
 
 

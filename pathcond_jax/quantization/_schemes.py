@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from pathcond_jax._spec.types import SpecError
 from pathcond_jax.quantization._units import Bits, Granularity, check_granularity
 
+# Errors of a quantizer, uniform over a step, have this variance in units of its square.
+VARIANCE = 1 / 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:

@@ -52,6 +52,10 @@ class Statistics(Mapping[str, jax.Array]):
       largest: what the mapping holds.
       output_power: the sum of the squared outputs, averaged over examples.
       num_examples: how many there were.
+      unread: the paths of trained leaves of two axes or more that are no kernel of a site, such as
+        those used within a conditional or a while loop: no scheme rounds them.
+      unfollowed: the paths of kernels whose neurons lie neither along their inputs nor along their
+        outputs: they are rounded, and the criterion leaves their noise out.
     """
 
     sites: tuple[Site, ...] = dataclasses.field(metadata={"static": True})
@@ -60,6 +64,8 @@ class Statistics(Mapping[str, jax.Array]):
     largest: dict[str, jax.Array]
     output_power: jax.Array
     num_examples: jax.Array
+    unread: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    unfollowed: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def __getitem__(self, name: str) -> jax.Array:
         return self.largest[name]
@@ -71,9 +77,11 @@ class Statistics(Mapping[str, jax.Array]):
         return len(self.largest)
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.sites)} kernels read activations: "
-            f"{', '.join(site.path for site in self.sites)}"
-        )
+        lines = {
+            f"{len(self.sites)} kernels read activations": [site.path for site in self.sites],
+            "no kernel, not rounded": self.unread,
+            "rounded, but not in the criterion": self.unfollowed,
+        }
+        return "\n".join(f"{what}: {', '.join(paths)}" for what, paths in lines.items() if paths)
 
     __repr__ = __str__

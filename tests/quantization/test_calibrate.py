@@ -116,3 +116,30 @@ def test_a_network_without_kernels():
     spec = pathcond.trace_spec(scaled, params, ROWS)
     with pytest.raises(pathcond.SpecError, match="nothing to calibrate"):
         calibrate(scaled, params, spec, [ROWS])
+
+
+def test_what_no_scheme_rounds_is_named():
+    def network(params, x):
+        x = jax.nn.relu(x @ params["first"]) * params["gains"]
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ params["last"], lambda x: -x[:, :2], x)
+
+    params = {"first": jnp.ones((5, 4)), "gains": jnp.ones((1, 4)), "last": jnp.ones((4, 2))}
+    spec = pathcond.trace_spec(network, params, ROWS)
+    found = calibrate(network, params, spec, [ROWS])
+    assert found.unread == ("gains", "last")
+    assert str(found).splitlines()[1] == "no kernel, not rounded: gains, last"
+
+
+def test_kernels_whose_neurons_are_not_followed_are_named():
+    def network(params, x):
+        return jax.nn.relu(x @ params["first"]) @ params["last"]
+
+    params = {"first": jnp.ones((5, 4)), "last": jnp.ones((4, 2))}
+    # Neurons along diagonals, as a caller may say.
+    diagonals = pathcond.Incidence("first", (0, 1), np.add.outer(np.arange(5), np.arange(4)) % 2)
+    rows = pathcond.Incidence("last", (0,), np.arange(4) % 2)
+    group = pathcond.NeuronGroup("odd", 2, (diagonals,), (rows,))
+    spec = pathcond.trace_spec(network, params, ROWS, groups=[group])
+    found = calibrate(network, params, spec, [ROWS])
+    assert found.unfollowed == ("first",)
+    assert "rounded, but not in the criterion: first" in str(found)
