@@ -195,7 +195,7 @@ def _owner(file: str) -> _Owner:
         return _Owner.PACKAGE
     if file.startswith(_installed()):
         return _Owner.PACKAGE
-    return _Owner.PYTHON if file.startswith(_standard_library()) else _Owner.USER
+    return _Owner.PYTHON if file.startswith(_interpreter()) else _Owner.USER
 
 
 def _folders_of(modules: Iterable[str]) -> tuple[str, ...]:
@@ -211,6 +211,7 @@ def _installed() -> tuple[str, ...]:
 
 
 @functools.cache
-def _standard_library() -> tuple[str, ...]:
-    folders = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+def _interpreter() -> tuple[str, ...]:
+    """The standard library, and the commands that installing a package writes."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "scripts")}
     return tuple(folder + os.sep for folder in folders)

@@ -25,7 +25,7 @@ from rich.table import Table
 import pathcond_jax as pathcond
 from pathcond_jax import plotting
 from pathcond_jax.experiments import data, models, training
-from pathcond_jax.experiments.study import compiled_fast
+from pathcond_jax.experiments.study import compiled_fast, run_once
 
 PyTree = Any
 STARTS = ("(a) standard", "(b) rescaled", "(c) conditioned (a)", "(d) conditioned (b)")
@@ -100,7 +100,7 @@ class Result(NamedTuple):
 
 
 def studies(quick: bool = False) -> tuple[Study, ...]:
-    """The two networks of the demonstration; ``quick``: smaller ones, one seed, few epochs."""
+    """The two networks of the demonstration; ``quick``: smaller ones, one seed, one learning rate."""
     layers, channels = (3, (8, 16)) if quick else (6, (8, 16, 32))
     mlp, cnn = models.MLP(widths=(128,) * layers), models.CNN(channels=channels)
     both = (
@@ -114,7 +114,7 @@ def studies(quick: bool = False) -> tuple[Study, ...]:
     if not quick:
         return both
     return tuple(
-        dataclasses.replace(study, num_seeds=1, num_epochs=3, learning_rates=(0.1,))
+        dataclasses.replace(study, num_seeds=1, num_epochs=16, learning_rates=(0.1,))
         for study in both
     )
 
@@ -124,10 +124,11 @@ def make_starts(params: PyTree, key: jax.Array, spec: pathcond.ArchSpec, spread:
     drawn = jax.random.uniform(key, (spec.num_neurons,), minval=-spread, maxval=spread)
     unlucky = tuple(jnp.split(drawn, np.cumsum([group.size for group in spec.groups])[:-1]))
     sources = _stack([params, pathcond.rescale(params, spec, unlucky)])
-    # To the optimum, so that what (c) and (d) share does not depend on where they came from.
-    conditioned, solutions = jax.vmap(lambda source: pathcond.condition(source, spec))(sources)
+    # To the optimum, so that what (c) and (d) share does not depend on where they came from; one
+    # after another, because a solver compiles faster than a batch of solvers.
+    conditioned, solutions = jax.lax.map(lambda source: pathcond.condition(source, spec), sources)
     starts = jax.tree.map(lambda *parts: jnp.concatenate(parts), sources, conditioned)
-    scores = jax.vmap(lambda start: pathcond.conditioning_score(start, spec))(starts)
+    scores = jax.lax.map(lambda start: pathcond.conditioning_score(start, spec), starts)
     return Starts(
         starts,
         tuple(
@@ -150,14 +151,17 @@ def run_study(
     """Makes the starts of every seed, measures them and trains from them."""
     keys = jax.random.split(jax.random.key(seed), (3, study.num_seeds))
     example = jnp.asarray(dataset.train_inputs[:1])
-    params = jax.jit(jax.vmap(lambda key: study.trained_model.init(key, example)))(keys[0])
+    params = run_once(jax.vmap(lambda key: study.trained_model.init(key, example)), keys[0])
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
     spec = pathcond.trace_spec(study.model.apply, one, example)
-    starts = jax.jit(jax.vmap(lambda params, key: make_starts(params, key, spec, study.spread)))(
-        params, keys[1]
+    starts = run_once(
+        lambda seeds: jax.lax.map(lambda one: make_starts(*one, spec, study.spread), seeds),
+        (params, keys[1]),
     )
-    outputs = jax.jit(jax.vmap(jax.vmap(study.trained_model.apply, (0, None)), (0, None)))(
-        starts.params, dataset.train_inputs
+    outputs = run_once(
+        jax.vmap(jax.vmap(study.trained_model.apply, (0, None)), (0, None)),
+        starts.params,
+        dataset.train_inputs,
     )
     # Runs are (seed, start) pairs; the four starts of a seed see the same batches.
     runs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), starts.params)
@@ -271,7 +275,7 @@ def findings(result: Result) -> list[str]:
 
 def plot_demo(results: Sequence[Result]) -> Figure:
     """A row for each network: training curves, epochs by learning rate, log-scales."""
-    figure = Figure(figsize=(11.0, 3.3 * len(results) + 0.5), layout="constrained")
+    figure = Figure(figsize=(11.0, 3.3 * len(results) + 0.8), layout="constrained")
     rows = figure.subplots(len(results), 3, squeeze=False)
     for result, (left, middle, right) in zip(results, rows, strict=True):
         study = result.study
@@ -303,6 +307,8 @@ def plot_demo(results: Sequence[Result]) -> Figure:
             (right, "rescalings applied"),
         ):
             axes.set_title(f"{study.title}: {what}", fontsize=10)
+    change = max(result.output_change.max() for result in results)
+    figure.suptitle(f"Four starts of one function: no output differs by more than {change:.0e}")
     figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

@@ -67,16 +67,26 @@ def _equinox(model: Any, rest: Sequence[Any]) -> Network:
 
 
 def _keras(model: Any, rest: Sequence[Any]) -> Network:
+    parts = {"params": model.trainable_variables, "state": model.non_trainable_variables}
+    # JAX sorts a dictionary; its keys come back in the model's order.
+    orders = {part: _names(own) for part, own in parts.items()}
     variables = {
-        "params": [variable.value for variable in model.trainable_variables],
-        "state": [variable.value for variable in model.non_trainable_variables],
+        part: dict(zip(orders[part], [variable.value for variable in own], strict=True))
+        for part, own in parts.items()
     }
 
     def apply_fn(variables: Any, *inputs: Any) -> Any:
-        parts = variables["params"], variables["state"]
-        return model.stateless_call(*parts, *inputs, training=False)[0]
+        listed = [[variables[part][path] for path in order] for part, order in orders.items()]
+        return model.stateless_call(*listed, *inputs, training=False)[0]
 
     return _traced(apply_fn, variables, rest)
+
+
+def _names(variables: Sequence[Any]) -> list[str]:
+    """Of Keras variables; layers of one name need numbers to tell them apart."""
+    paths = [variable.path for variable in variables]
+    repeated = len({*paths}) < len(paths)
+    return [f"{path}#{number}" if repeated else path for number, path in enumerate(paths)]
 
 
 DOORS = (

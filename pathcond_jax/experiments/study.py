@@ -131,6 +131,20 @@ def compiled_fast(wanted: bool) -> Iterator[None]:
         jax.config.update(option, before)
 
 
+# Kernels made without the fusion emitters; versions of XLA that have no other kind lack the option.
+_HASTE = {"xla_cpu_use_fusion_emitters": False}
+
+
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+    """Compiles a function in haste and calls it: for what takes longer to compile than to run."""
+    lowered = jax.jit(function).lower(*args)
+    try:
+        compiled = lowered.compile(_HASTE)
+    except jax.errors.JaxRuntimeError:
+        compiled = lowered.compile()
+    return compiled(*args)
+
+
 def mean_interval(values: Any) -> tuple[np.ndarray, np.ndarray]:
     """The mean over the last axis and the half-width of its 95 % confidence interval.
 

@@ -3,8 +3,10 @@
 import functools
 import importlib
 import inspect
+import os
 import re
 import sys
+import sysconfig
 
 import equinox as eqx
 import haiku as hk
@@ -143,6 +145,15 @@ def test_a_model_of_a_framework_alone_is_named_by_the_line_that_traces_it():
     assert list(found) == ["add in gelu"]
     (source,) = found["add in gelu"]
     assert source == f"test_origin.py:{line_of(operations, 'trace_spec')} (operations)"
+
+
+def test_the_command_that_traces_is_not_the_users_line():
+    command = os.path.join(sysconfig.get_path("scripts"), "pathcond")
+    model = nn.Sequential([nn.Dense(8), nn.gelu, nn.Dense(3)])
+    names = {"trace_spec": pathcond.trace_spec, "model": model, "params": shapes_of(model), "x": x}
+    exec(compile("spec = trace_spec(model.apply, params, x)", command, "exec"), names)
+    (source,) = {pin.source for pin in names["spec"].pinned if pin.operation}
+    assert source.startswith("test_origin.py:")
 
 
 PACKAGED = """

@@ -1,6 +1,7 @@
 """``pathcond inspect``: every front door, checkpoints, dead neurons, and pages."""
 
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,22 @@ def test_every_front_door(inspect, factory):
     header = next(line for line in printed.splitlines() if line.split()[:2] == ["as", "is"])
     assert header.split()[2:] == ["path", "enorm", "equalize"]
     assert ("dead neurons            none" in printed) == (factory != "plain")
+
+
+@lenient
+def test_keras_variables_are_named_as_keras_names_them(inspect):
+    status, printed = inspect("of_keras")
+    assert status == 0, printed
+    assert re.search(r"params/sequential\w*/dense\w*/kernel\[1\]", printed)
+
+
+def test_keras_variables_of_one_name_are_kept_apart():
+    from types import SimpleNamespace
+
+    from pathcond_jax.experiments.doors import _names
+
+    assert _names([SimpleNamespace(path=path) for path in ("a", "b")]) == ["a", "b"]
+    assert _names([SimpleNamespace(path="a")] * 2) == ["a#0", "a#1"]
 
 
 @lenient
