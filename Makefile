@@ -28,7 +28,7 @@ pip_install = -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test studies fuzz lint format typecheck wheel docs oldest newest real-models bench clean
+.PHONY: help install demo test studies fuzz lint format typecheck wheel docs notebooks oldest newest real-models bench clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -73,6 +73,10 @@ wheel: $(VENV)/installed  ## build wheel and sdist, check them, try the wheel in
 docs: $(VENV_DOCS)/installed  ## build the site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict $(ARGS)
 	@echo "built $(CURDIR)/build/site/index.html"
+
+# In the environment that has Qwix; on the CPU, where the tests run them again.
+notebooks: $(VENV_REAL_MODELS)/installed  ## run the notebooks, and store what they print; ARGS=FILE: only that one
+	JAX_PLATFORMS=cpu $(VENV_REAL_MODELS)/bin/python notebooks/store.py $(ARGS)
 
 # Not all tests: what a version changes shows in these, for a third of the time; the others ask what
 # the library computes from a traced program, and `make test PYTHON=... VENV=...` runs them anywhere.

@@ -27,7 +27,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)"
     )
-    parser.add_argument("--quick", action="store_true", help="one seed and one learning rate, within 15 seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed and one learning rate, within 15 seconds"
+    )
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:

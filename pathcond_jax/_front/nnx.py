@@ -75,6 +75,11 @@ def nnx_spec(
         flat = jax.tree_util.tree_flatten_with_path(nnx.state(model, wrt))[0]
         trained = {leaf_path(key) for key, _ in flat}
         options["trainable"] = lambda path: path.partition("/")[2] in trained
+    if not isinstance(model, nnx.Module):
+        raise SpecError(
+            f"model must be a Flax nnx module, not of type {type(model).__name__}; for any other "
+            "network, call trace_spec(apply_fn, params, *inputs)"
+        )
     still = nnx.clone(model)
     still.eval()
     graphdef = nnx.split(still, nnx.Param, ...)[0]

@@ -9,6 +9,7 @@ import jax
 
 from pathcond_jax._action.verify import WrongSpecError, affordable, verify, verify_paths
 from pathcond_jax._program.graph import Graph
+from pathcond_jax._spec.modules import instead_of_function
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import NeuronGroup, PyTree, SpecError, listed
 from pathcond_jax._symmetry.trace import defined_at, infer_spec
@@ -79,6 +80,8 @@ def trace_spec(
             f"apply_fn must be a function, not of type {type(apply_fn).__name__}; the arguments "
             "are (apply_fn, params, *inputs)"
         )
+    if advice := instead_of_function(apply_fn):
+        raise SpecError(f"apply_fn must be a function of the parameters, and {advice}")
     if apply_options:
         _check_options(apply_fn, apply_options)
         apply_fn = functools.partial(apply_fn, **apply_options)

@@ -274,5 +274,6 @@ def no_integers(node: Node, gates: Sequence[Gate]) -> None:
     if not all(gate.switch for gate in gates):
         raise NotPathLiftableError(
             f"{at(node)} needs floats and gets integers from the network's input, where no path "
-            "begins; give trace_spec floating inputs (their shapes suffice)"
+            "begins; give trace_spec floating inputs (their shapes suffice), or use a criterion "
+            "that needs no path lifting, such as condition(..., criterion='enorm')"
         )

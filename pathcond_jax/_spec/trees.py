@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._spec.modules import instead_of_params
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.types import Leaf, PyTree, SpecError, listed
 
@@ -87,9 +88,9 @@ def match_leaves(spec: ArchSpec, tree: PyTree, what: str = "params") -> list[Any
         )
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     if treedef != spec.treedef:
+        why = instead_of_params(tree) or _difference([leaf_path(k) for k, _ in flat], treedef, spec)
         raise SpecError(
-            f"{what} has another structure than the tree the spec was built from: "
-            f"{_difference([leaf_path(k) for k, _ in flat], treedef, spec)}"
+            f"{what} has another structure than the tree the spec was built from: {why}"
         )
     values = [value for _, value in flat]
     for leaf, value in zip(spec.leaves, values, strict=True):

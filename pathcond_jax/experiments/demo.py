@@ -100,7 +100,7 @@ class Result(NamedTuple):
 
 
 def studies(quick: bool = False) -> tuple[Study, ...]:
-    """The two networks of the demonstration; ``quick``: smaller ones, one seed, one learning rate."""
+    """The two networks of the demonstration; ``quick``: smaller ones, each trained once."""
     layers, channels = (3, (8, 16)) if quick else (6, (8, 16, 32))
     mlp, cnn = models.MLP(widths=(128,) * layers), models.CNN(channels=channels)
     both = (

@@ -1,5 +1,7 @@
 """The same job through every front door: the spec is found, the function stays, paths read well."""
 
+import re
+
 import equinox as eqx
 import haiku as hk
 import jax
@@ -155,3 +157,34 @@ def test_plain_jax():
 
     assert spec.num_neurons == 4
     assert pathcond.check_spec(spec, conditioned) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (
+            lambda nnx_model, _, x: pathcond.trace_spec(nnx_model, x),
+            "call nnx_spec(model, *inputs)",
+        ),
+        (lambda _, linen_model, x: pathcond.trace_spec(linen_model, {}, x), "pass model.apply"),
+        (lambda _, linen_model, x: pathcond.nnx_spec(linen_model, x), "call trace_spec("),
+    ],
+)
+def test_a_module_at_the_wrong_door_is_told_the_right_one(call, advice):
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
+    with pytest.raises(pathcond.SpecError, match=re.escape(advice)):
+        call(model, nn.Dense(4), jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        (nnx.Linear(3, 4, rngs=nnx.Rngs(0)), "call condition_nnx(model, *inputs)"),
+        (nn.Dense(4), "pass its variables"),
+    ],
+)
+def test_a_module_in_place_of_parameters_is_told_what_to_pass(module, advice):
+    params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+    spec = pathcond.trace_spec(lambda p, x: nn.relu(x @ p["w"]) @ p["v"], params, jnp.ones((2, 3)))
+    with pytest.raises(pathcond.SpecError, match=re.escape(advice)):
+        pathcond.condition(module, spec)

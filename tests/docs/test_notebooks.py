@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import runpy
 
 import nbformat
 import pytest
@@ -72,6 +73,19 @@ def test_outputs_are_stored(name):
     assert pictures(notebook) == PICTURES[name]
     assert any(printed(cell) for cell in code(notebook))
     assert not any(o.output_type == "error" for cell in code(notebook) for o in cell.outputs)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_stores_its_outputs_and_nothing_else(tmp_path):
+    path = tmp_path / "small.ipynb"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
+    notebook.metadata = {"kernelspec": {"display_name": "any", "name": "python3"}}
+    nbformat.write(notebook, path)
+    runpy.run_path(str(NOTEBOOKS / "store.py"))["store"](path)
+    stored = nbformat.read(path, as_version=4)
+    assert printed(stored.cells[0]) == ["42"]
+    assert stored.metadata == notebook.metadata
+    assert stored.cells[0].metadata == {}
 
 
 @pytest.mark.study
