@@ -12,6 +12,8 @@ import latex2mathml.converter
 
 # What pymdownx.arithmatex leaves: \(inline\) and \[display\].
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+# Browsers set names of functions close to what stands beside them, as if to be multiplied.
+FUNCTION = re.compile(r"<m([io])>(?:log|exp|min|max)</m\1>")
 DISPLAY = {"span": "inline", "div": "block"}
 # The docstrings say Example:, which is a section to doctest and an admonition to griffe.
 EXAMPLE = re.compile(r"^(\s*)Example:$", re.MULTILINE)
@@ -23,7 +25,8 @@ SHIM = "https://unpkg.com/iframe-worker/shim"
 def mathml(found: re.Match[str]) -> str:
     """A formula of the page as MathML."""
     formula = html.unescape(found[2])
-    return latex2mathml.converter.convert(formula, display=DISPLAY[found[1]])
+    converted = latex2mathml.converter.convert(formula, display=DISPLAY[found[1]])
+    return FUNCTION.sub(r'<mspace width="0.17em"/>\g<0><mspace width="0.17em"/>', converted)
 
 
 def on_page_content(page_html: str, **_: Any) -> str:

@@ -56,7 +56,7 @@ def trace_spec(
         argument above, wrap ``apply_fn`` in a function that sets it.
 
     Returns:
-      The spec: static, printable, compared by identity.
+      The spec, which is static, printable and compared by identity.
 
     Raises:
       SpecError: a leaf is not an array, ``apply_fn`` does not use its parameters or does not take

@@ -114,7 +114,7 @@ def solution_of(
       before: F(0).
 
     Returns:
-      The solution: log-scales 0 and NaN where the input was not finite.
+      The solution, with log-scales 0 and NaN where the input was not finite.
     """
     # A method that lost itself must not spoil parameters either.
     finite = box.finite & jnp.isfinite(run.z).all()

@@ -155,7 +155,9 @@ def run_study(
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params)
     spec = pathcond.trace_spec(study.model.apply, one, example)
     starts = run_once(
-        lambda seeds: jax.lax.map(lambda one: make_starts(*one, spec, study.spread), seeds),
+        lambda seeds: jax.lax.map(
+            lambda seed: make_starts(seed[0], seed[1], spec, study.spread), seeds
+        ),
         (params, keys[1]),
     )
     outputs = run_once(
@@ -308,7 +310,7 @@ def plot_demo(results: Sequence[Result]) -> Figure:
         ):
             axes.set_title(f"{study.title}: {what}", fontsize=10)
     change = max(result.output_change.max() for result in results)
-    figure.suptitle(f"Four starts of one function: no output differs by more than {change:.0e}")
+    figure.suptitle(f"Four starts of one function: outputs differ by {change:.0e} of the largest")
     figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

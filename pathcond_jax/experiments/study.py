@@ -132,7 +132,7 @@ def compiled_fast(wanted: bool) -> Iterator[None]:
 
 
 # Kernels made without the fusion emitters; versions of XLA that have no other kind lack the option.
-_HASTE = {"xla_cpu_use_fusion_emitters": False}
+_HASTE: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
 
 
 def run_once(function: Callable[..., Any], *args: Any) -> Any:
