@@ -214,8 +214,8 @@ class _Builder:
         origin = origin_of(eqn.source_info, call)
         bodies = tuple(
             _flattened(body, _Builder(self.called_at), origin)
-            for key in ("jaxpr", "cond_jaxpr", "body_jaxpr", "branches")
-            if key in eqn.params
+            for key in ("jaxpr", "cond_jaxpr", "body_jaxpr", "branches", "update_jaxpr")
+            if eqn.params.get(key) is not None
             for body in (eqn.params[key] if key == "branches" else (eqn.params[key],))
         )
         self.nodes.append(

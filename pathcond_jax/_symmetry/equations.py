@@ -257,7 +257,7 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
     reason = np.full(count, -1, np.int64)
     parent, tied = np.arange(count), np.full(count, -1, np.int64)
     for step in range(_MAX_ROUNDS + 1):
-        current = _clean(equations @ table)
+        current = clean(equations @ table)
         nonzero = np.diff(current.indptr)
         alive = nonzero > 0
         if not alive.any():
@@ -290,7 +290,7 @@ def _solve(equations: Any, origins: np.ndarray, rank: np.ndarray, first: int = 1
             substitution, pivots, givers, used = _eliminate(current, rank)
             parent[pivots] = givers
             tied[pivots] = np.where(tied[pivots] < 0, origins[used], tied[pivots])
-        table = _clean(table @ substitution)
+        table = clean(table @ substitution)
     return Solved(table, np.unique(table.indices), reason, parent, tied)
 
 
@@ -309,7 +309,8 @@ def _roots(parent: np.ndarray) -> np.ndarray:
     return parent
 
 
-def _clean(matrix: Any) -> Any:
+def clean(matrix: Any) -> Any:
+    """A sparse matrix by rows, without what is 0 but for rounding."""
     matrix = matrix.tocsr()
     matrix.sum_duplicates()
     matrix.data[abs(matrix.data) < 1e-9] = 0.0

@@ -25,8 +25,8 @@ from pathcond_jax._spec.trees import layer_path
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, Rounded
 
 # The rules enter themselves into their table when they are imported.
-from pathcond_jax._symmetry import loops, rules, structural_rules  # noqa: F401
-from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, null_space
+from pathcond_jax._symmetry import loops, position_rules, rules, structural_rules  # noqa: F401
+from pathcond_jax._symmetry.equations import Equations, LabelBlock, Solved, clean, null_space
 from pathcond_jax._symmetry.invariance import one_sided_slices
 from pathcond_jax._symmetry.values import MAX_JOINT, Analysis, Reason, Scale
 
@@ -126,7 +126,7 @@ class _Reading:
         self._drop(self._trivial(), _TRIVIAL)
         for numbers in self.blocks_of.values():
             _merge_whole_leaf_effects(self.effects, numbers)
-        self.effects = _with_simple_powers(self.effects)
+        self.effects = _with_simple_powers(_exchanged(self.effects))
         self.moved = list(self.effects)
         sides = np.zeros((2, len(self.unused)), bool)
         for effect in self.effects:
@@ -306,6 +306,42 @@ def _merge_whole_leaf_effects(effects: list[Any], numbers: Sequence[int]) -> Non
             effects[k] = effects[k].copy()
             effects[k].data[effects[k].indices == column] = total if k == met[-1][0] else 0.0
             effects[k].eliminate_zeros()
+
+
+def _exchanged(effects: list[Any]) -> list[Any]:
+    """The effects, a log-scale on one side only taken together with another where that helps.
+
+    In ``x @ w / s @ v`` scales of w may be taken up by s, and one of s by v: both move entries to
+    one side, and are no neurons. Their difference, which moves w and v, is one. So where two such
+    columns share a slice, a multiple of one, that which moves few slices and was created late, is
+    subtracted from the other if this then moves entries to both sides.
+    """
+    stacked = sparse.vstack(effects, "csc") if effects else sparse.csc_matrix((0, 0))
+    column = np.repeat(np.arange(stacked.shape[1]), np.diff(stacked.indptr))
+    up, down = (
+        np.bincount(column[side], minlength=stacked.shape[1]) > 0
+        for side in (stacked.data > 0, stacked.data < 0)
+    )
+    lone = np.flatnonzero(up ^ down)
+    rows = stacked[:, lone].tocsr()
+    unpaired = set(lone.tolist())
+    exchange: list[tuple[int, int, float]] = []
+    for row in np.flatnonzero(np.diff(rows.indptr) > 1):
+        inside = slice(rows.indptr[row], rows.indptr[row + 1])
+        met = dict(zip(lone[rows.indices[inside]].tolist(), rows.data[inside], strict=True))
+        met = {label: value for label, value in met.items() if label in unpaired}
+        giver = min(met, key=lambda k: (stacked.indptr[k + 1] - stacked.indptr[k], -k), default=-1)
+        for label in met.keys() - {giver}:
+            ratio = met[label] / met[giver]
+            left = (stacked[:, [label]] - ratio * stacked[:, [giver]]).data
+            if (left > 1e-9).any() and (left < -1e-9).any():
+                unpaired.remove(label)
+                exchange.append((giver, label, -ratio))
+    if not exchange:
+        return effects
+    givers, labels, ratios = map(np.array, zip(*exchange, strict=True))
+    taken = sparse.csr_matrix((ratios, (givers, labels)), (stacked.shape[1],) * 2)
+    return [clean(effect + effect @ taken) for effect in effects]
 
 
 def _with_simple_powers(effects: list[Any]) -> list[Any]:

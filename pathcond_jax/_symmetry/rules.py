@@ -17,6 +17,7 @@ from pathcond_jax._program import kinds
 from pathcond_jax._program.primitives import find, runs_only
 from pathcond_jax._symmetry import product_rules, structural_rules
 from pathcond_jax._symmetry.equations import Term
+from pathcond_jax._symmetry.homogeneous import keeps_scale
 from pathcond_jax._symmetry.values import (
     MAX_JOINT,
     RULES,
@@ -36,6 +37,9 @@ from pathcond_jax._symmetry.values import (
 )
 
 rule = RULES.rule
+
+# Selections between values by a known mask of so many entries are followed one by one.
+_FEW = 1 << 12
 
 # What is smaller is taken for a constant that only keeps a divisor from 0, in explanations.
 _EPSILON = 1e-2
@@ -165,12 +169,19 @@ def _pow(scope: Scope, base: Scale, exponent: Scale) -> list[Terms]:
 @rule("select_n")
 def _select(scope: Scope, which: Scale, *cases: Scale) -> list[Terms]:
     mask, shape = scope.constant(0), scope.out_shape()
-    if mask is not None and _meets_zeros(mask, cases) and math.prod(shape) <= MAX_JOINT:
+    if mask is not None and math.prod(shape) <= _most_followed(mask, cases):
         # What a known mask leaves of a diagonal or block has the scales of these entries only.
         chosen = np.broadcast_to(np.asarray(mask, np.int64), shape)
         arrays = [np.broadcast_to(scope.single(case, len(shape)), shape) for case in cases]
         return [(Term(1.0, structural_rules.narrowed(np.choose(chosen, arrays))),)]
     return [scope.equate(cases, len(shape), "selects between values of several scales")]
+
+
+def _most_followed(mask: np.ndarray, cases: Sequence[Scale]) -> int:
+    """The size up to which a known mask is followed entry by entry."""
+    if any(is_wild(case.terms) for case in cases):
+        return MAX_JOINT if _meets_zeros(mask, cases) else -1
+    return _FEW
 
 
 def _meets_zeros(mask: np.ndarray, cases: Sequence[Scale]) -> bool:
@@ -197,7 +208,7 @@ def _reduce(scope: Scope, scale: Scale) -> list[Terms]:
     return [mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(tuple(axes)))]
 
 
-_REDUCTION = {"jaxpr": runs_only("add", "max", "min", "mul")}
+_FOLDS = runs_only("add", "max", "min", "mul")
 
 
 def _multiplies(scope: Scope) -> bool:
@@ -205,20 +216,25 @@ def _multiplies(scope: Scope) -> bool:
     return body.nodes[0].primitive is find("mul")
 
 
-@rule("reduce", reads=("dimensions", "computation"), requires=_REDUCTION)
-def _reduce_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
-    """A reduction by a program of one known operation, and from a value of the same scale."""
+@rule("reduce", reads=("dimensions", "computation", "jaxpr"))
+def _reduce_by(scope: Scope, *scales: Scale) -> list[Terms]:
+    """A reduction by a program, from values of the same scale."""
     axes = tuple(scope.params["dimensions"])
-    if _multiplies(scope):
-        scope.pin(start)
-        return product_rules.product_along(scope, scale, axes)
-    reduced = mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(axes))
-    return [_started(scope, Scale(reduced, scale.signal), start)]
+    values, starts = scales[: len(scales) // 2], scales[len(scales) // 2 :]
+    if _FOLDS(scope.params["jaxpr"]) and _multiplies(scope):
+        scope.pin(*starts)
+        return product_rules.product_along(scope, *values, axes)
+    (body,) = scope.node.bodies
+    if not keeps_scale(scope.analysis, body, scaled=len(scales)):
+        return pin(scope, *scales, because="has an unusual 'jaxpr'")
+    kept = [scope.along(scale.terms, axes) for scale in values]
+    reduced = [Scale(mapped(terms, lambda x: x.squeeze(axes))) for terms in kept]
+    return [_started(scope, reduced, starts)] * len(values)
 
 
-def _started(scope: Scope, scale: Scale, start: Scale) -> Terms:
+def _started(scope: Scope, scales: Sequence[Scale], starts: Sequence[Scale]) -> Terms:
     ndim = len(scope.out_shape())
-    return scope.equate((scale, start), ndim, "starts from a value of another scale")
+    return scope.equate((*scales, *starts), ndim, "starts from a value of another scale")
 
 
 @rule("argmax", "argmin", reads=("axes", "index_dtype"))
@@ -266,12 +282,12 @@ def _window(scope: Scope, scale: Scale) -> list[Terms]:
     return [mapped(kept, lambda labels: labels[met])]
 
 
-@rule("reduce_window", reads=_WINDOW, requires={"consts": (), **_REDUCTION})
+@rule("reduce_window", reads=_WINDOW, requires={"consts": (), "jaxpr": _FOLDS})
 def _window_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
     """Windows reduced by a program of one known operation."""
     if not _multiplies(scope):
         (terms,) = _window(scope, scale)
-        return [_started(scope, Scale(terms, scale.signal), start)]
+        return [_started(scope, [Scale(terms, scale.signal)], [start])]
     product = product_rules.product_of_windows(scope, scale)
     if product is None:
         return pin(scope, scale, start)

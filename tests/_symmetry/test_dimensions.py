@@ -116,6 +116,9 @@ def around(change):
     return apply_fn
 
 
+SOME = np.zeros((5, 4), bool)
+SOME[1, 1] = SOME[3, 2] = True
+
 POSITIONS = {
     "a column overwritten by a constant": (lambda h, p: h.at[:, 1].set(1.0), 3),
     "a column overwritten by another": (lambda h, p: h.at[:, 1].set(h[:, 0]), 3),
@@ -135,6 +138,21 @@ POSITIONS = {
     "multiplied by a constant": (lambda h, p: h.at[:, 1].multiply(3.0), 4),
     "a slice overwritten": (lambda h, p: jax.lax.dynamic_update_slice(h, h[:, :1], (0, 2)), 3),
     "a slice of ones": (lambda h, p: jax.lax.dynamic_update_slice(h, jnp.ones((5, 2)), (0, 9)), 2),
+    "rectified at a column": (lambda h, p: (h - 1e-3 * h[:1]).at[:, 1].apply(jax.nn.relu), 4),
+    "doubled at rows": (lambda h, p: h.at[jnp.array([0, 0, 9])].apply(lambda v: 2 * v), 4),
+    "halved at an unknown row": (lambda h, p: h.at[jnp.argmax(h[:, 0])].apply(lambda v: v / 2), 4),
+    "squared at an entry": (lambda h, p: h.at[0, 1].apply(jnp.square), 3),
+    "raised at an unknown row": (lambda h, p: h.at[jnp.argmax(h[:, 0])].apply(lambda v: v + 1), 0),
+    "rows in the order of each column": (
+        lambda h, p: jnp.take_along_axis(h, jnp.argsort(h, 0), 0),
+        4,
+    ),
+    "columns in the order of each row": (
+        lambda h, p: jnp.take_along_axis(h, jnp.argsort(h, 1), 1),
+        1,
+    ),
+    "ones at some entries of two columns": (lambda h, p: jnp.where(SOME, 1.0, h), 2),
+    "some entries from another column": (lambda h, p: jnp.where(SOME, h[:, ::-1], h), 3),
 }
 
 
@@ -161,6 +179,18 @@ def reduced_by(start, operation):
         return jax.lax.reduce(h[:2], start(params, h), lambda a, b: operation(a, b), (0,))[None]
 
     return reduced
+
+
+def two_reductions(h, params):
+    """A sum, and the largest value beside it, of which one is read."""
+    zeros = np.zeros(2)
+    total, largest = jax.lax.reduce(
+        (h[:2], h[:2]),
+        tuple(zeros),
+        lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])),
+        (0,),
+    )
+    return (total - largest)[None]
 
 
 def windows_of(start, operation, padding="VALID"):
@@ -219,6 +249,9 @@ REDUCTIONS = {
     "reduced by minima": (reduced_by(constant(np.inf), jax.lax.min), 4),
     "reduced by products": (reduced_by(constant(1.0), jax.lax.mul), 4),
     "reduced by another program": (reduced_by(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
+    "reduced by a sum with weights": (reduced_by(constant(0.0), lambda a, b: a + 3.0 * b), 4),
+    "the same from one": (reduced_by(constant(1.0), lambda a, b: a + 3.0 * b), 0),
+    "two reductions at once": (two_reductions, 4),
     "windows multiplied": (windows_of(constant(1.0), jax.lax.mul), 4),
     "windows multiplied, some smaller": (windows_of(constant(1.0), jax.lax.mul, "SAME"), 0),
     "products so far": (cumulated(), 4),
@@ -354,3 +387,20 @@ def test_neurons_are_all_dimensions(name):
         spec = traced(apply_fn, shapes, input_shape)
 
         assert (spec.num_neurons, dimension(apply_fn, shapes, input_shape)) == (expected, expected)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_divisor_takes_up_no_neuron():
+    """Of w / s, both could take up the scale of one neuron: its other side is v, as for others."""
+    shapes = LAYERS | {"s": ()}
+
+    def divided(params, x):
+        return jax.nn.relu(x @ params["w"]) / params["s"] @ params["v"]
+
+    spec = traced(divided, shapes, (5, 3))
+
+    (group,) = spec.groups
+    assert [str(incidence) for incidence in group.incoming] == ["w[1]"]
+    assert [str(incidence) for incidence in group.outgoing] == ["v[0]"]
+    # One dimension more moves s and v in the same direction: entries would only grow.
+    assert (group.size, dimension(divided, shapes, (5, 3))) == (4, 5)
