@@ -223,7 +223,7 @@ def _reduce_by(scope: Scope, *scales: Scale) -> list[Terms]:
     values, starts = scales[: len(scales) // 2], scales[len(scales) // 2 :]
     if _FOLDS(scope.params["jaxpr"]) and _multiplies(scope):
         scope.pin(*starts)
-        return product_rules.product_along(scope, *values, axes)
+        return product_rules.product_along(scope, values[0], axes)
     (body,) = scope.node.bodies
     if not keeps_scale(scope.analysis, body, scaled=len(scales)):
         return pin(scope, *scales, because="has an unusual 'jaxpr'")
