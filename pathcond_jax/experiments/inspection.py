@@ -78,6 +78,8 @@ def main(
         page.write_text(as_page(target, findings), encoding="utf-8")
     if picture is not None and findings.figure is not None:
         findings.figure.savefig(picture, dpi=150)
+    elif picture is not None:
+        console.print(f"\nNo {picture}: this network has no Gram diagonal", soft_wrap=True)
     for written in (page, picture if findings.figure is not None else None):
         if written is not None:
             console.print(f"\nWrote {written}", highlight=False, soft_wrap=True)

@@ -44,6 +44,10 @@ def plain():
     params = {"w": jnp.ones((5, 6)).at[:, 2].set(0), "v": jnp.ones((6, 3)).at[4].set(0)}
     return lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"], params, x
 
+def of_softmax():
+    params = {"w": jnp.ones((5, 6)), "v": jnp.ones((6, 3))}
+    return lambda p, x: jax.nn.softmax(jax.nn.relu(x @ p["w"]) @ p["v"]), params, x
+
 def wrong():
     return 3
 """
@@ -131,6 +135,16 @@ def test_a_checkpoint_takes_the_place_of_the_parameters(inspect, tmp_path):
     status, printed = inspect("linen", checkpoint=tmp_path / "nowhere")
     assert status == 1
     assert "there is no checkpoint folder" in printed
+
+
+@lenient
+def test_a_picture_that_cannot_be_drawn_is_said(inspect, tmp_path):
+    picture = tmp_path / "picture.png"
+    status, printed = inspect("of_softmax", picture=picture)
+    assert status == 0, printed
+    assert "return the logits" in printed
+    assert f"No {picture}: this network has no Gram diagonal" in printed
+    assert not picture.exists()
 
 
 @pytest.mark.parametrize(
