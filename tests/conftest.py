@@ -22,9 +22,14 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Programs of their own, which test_sharding.py and `make wheel` start, and a suite with an
-# environment of its own; --doctest-modules would import them.
-collect_ignore = ["_spec/sharded_program.py", "packaging", "real_models"]
+# Programs of their own, which tests and `make wheel` start, and a suite with an environment of its
+# own; --doctest-modules would import them.
+collect_ignore = [
+    "_spec/sharded_program.py",
+    "packaging",
+    "quantization/sharded.py",
+    "real_models",
+]
 
 # The first example compiles, so no deadline can be right.
 hypothesis.settings.register_profile("local", deadline=None)

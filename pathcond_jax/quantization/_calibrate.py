@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
 from pathcond_jax._program.graph import Node
 from pathcond_jax._program.replay import Place, replay
@@ -105,7 +106,19 @@ def calibrate(
     assert total is not None
     statistics = _statistics(total, spec, sites)
     _check_finite(statistics)
-    return statistics
+    return jax.tree.map(_on_automatic_axes, statistics)
+
+
+def _on_automatic_axes(value: jax.Array) -> jax.Array:
+    """The array where it is, on a mesh whose axes the compiler may use.
+
+    Criteria keep statistics, and solvers run on automatic axes.
+    """
+    if is_traced(value) or not isinstance(value.sharding, NamedSharding):
+        return value
+    mesh, spec = value.sharding.mesh, value.sharding.spec
+    axes = Mesh(mesh.devices, mesh.axis_names)
+    return jax.device_put(value, NamedSharding(axes, spec))
 
 
 def _check_sites(traced: Program) -> None:

@@ -1,5 +1,9 @@
 """Calibration measures what a person would, and what it cannot measure is an error."""
 
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,3 +147,10 @@ def test_kernels_whose_neurons_are_not_followed_are_named():
     found = calibrate(network, params, spec, [ROWS])
     assert found.unfollowed == ("first",)
     assert "rounded, but not in the criterion: first" in str(found)
+
+
+def test_eight_devices_find_what_one_does():
+    program = pathlib.Path(__file__).with_name("sharded.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert [line.split()[-1] for line in run.stdout.splitlines()] == ["8", "8"]
