@@ -305,7 +305,7 @@ def _merge_whole_leaf_effects(effects: list[Any], numbers: Sequence[int]) -> Non
         for k, _ in met if len(met) > 1 else ():
             effects[k] = effects[k].copy()
             effects[k].data[effects[k].indices == column] = total if k == met[-1][0] else 0.0
-            effects[k].eliminate_zeros()
+            effects[k] = clean(effects[k])
 
 
 def _exchanged(effects: list[Any]) -> list[Any]:

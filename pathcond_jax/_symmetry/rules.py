@@ -208,12 +208,12 @@ def _reduce(scope: Scope, scale: Scale) -> list[Terms]:
     return [mapped(scope.along(scale.terms, axes), lambda x: x.squeeze(tuple(axes)))]
 
 
-_FOLDS = runs_only("add", "max", "min", "mul")
+_UNUSUAL = "has an unusual 'jaxpr'"
+_is_product = runs_only("mul")
 
 
 def _multiplies(scope: Scope) -> bool:
-    (body,) = scope.node.bodies
-    return body.nodes[0].primitive is find("mul")
+    return _is_product(scope.params["jaxpr"])
 
 
 @rule("reduce", reads=("dimensions", "computation", "jaxpr"))
@@ -221,12 +221,12 @@ def _reduce_by(scope: Scope, *scales: Scale) -> list[Terms]:
     """A reduction by a program, from values of the same scale."""
     axes = tuple(scope.params["dimensions"])
     values, starts = scales[: len(scales) // 2], scales[len(scales) // 2 :]
-    if _FOLDS(scope.params["jaxpr"]) and _multiplies(scope):
+    if _multiplies(scope):
         scope.pin(*starts)
         return product_rules.product_along(scope, values[0], axes)
     (body,) = scope.node.bodies
     if not keeps_scale(scope.analysis, body, scaled=len(scales)):
-        return pin(scope, *scales, because="has an unusual 'jaxpr'")
+        return pin(scope, *scales, because=_UNUSUAL)
     kept = [scope.along(scale.terms, axes) for scale in values]
     reduced = [Scale(mapped(terms, lambda x: x.squeeze(axes))) for terms in kept]
     return [_started(scope, reduced, starts)] * len(values)
@@ -282,17 +282,20 @@ def _window(scope: Scope, scale: Scale) -> list[Terms]:
     return [mapped(kept, lambda labels: labels[met])]
 
 
-@rule("reduce_window", reads=_WINDOW, requires={"consts": (), "jaxpr": _FOLDS})
+@rule("reduce_window", reads=(*_WINDOW, "jaxpr"), requires={"consts": ()})
 def _window_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
-    """Windows reduced by a program of one known operation."""
-    if not _multiplies(scope):
-        (terms,) = _window(scope, scale)
-        return [_started(scope, [Scale(terms, scale.signal)], [start])]
-    product = product_rules.product_of_windows(scope, scale)
-    if product is None:
-        return pin(scope, scale, start)
-    scope.pin(start)
-    return [product]
+    """Windows reduced by a program, from a value of the same scale."""
+    if _multiplies(scope):
+        product = product_rules.product_of_windows(scope, scale)
+        if product is None:
+            return pin(scope, scale, start)
+        scope.pin(start)
+        return [product]
+    (body,) = scope.node.bodies
+    if not keeps_scale(scope.analysis, body, scaled=2):
+        return pin(scope, scale, start, because=_UNUSUAL)
+    (terms,) = _window(scope, scale)
+    return [_started(scope, [Scale(terms, scale.signal)], [start])]
 
 
 def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:

@@ -261,6 +261,7 @@ REDUCTIONS = {
     "applied at positions": (applied_at, 3),
     "windows summed from one": (windows_of(constant(1.0), jax.lax.add), 0),
     "windows summed from an entry": (windows_of(of_the_signal, jax.lax.add), 1),
+    "windows summed with weights": (windows_of(constant(0.0), lambda a, b: a + 2.0 * b), 4),
     "windows of another program": (windows_of(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
     "a composite": (jax.lax.composite(lambda h, p: 2 * h, "test.doubled", version=1), 4),
 }

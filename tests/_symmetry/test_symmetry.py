@@ -210,3 +210,23 @@ def test_a_model_that_insists_on_its_batch_size():
     spec = pathcond.trace_spec(apply_fn, MATRICES, vector(4, 3).astype(np.float32))
     assert spec.num_neurons == 4
     assert np.isfinite(pathcond.conditioning_score(MATRICES, spec))
+
+
+def test_powers_that_a_loop_makes_cancel_but_for_rounding():
+    """Thirds of one scale on the axes of the kernel of each step add up to 0 but for rounding."""
+
+    def apply_fn(params, x):
+        def step(carry, _):
+            first, second = carry
+            return (jax.nn.relu(second @ params["u"]), jax.nn.relu(first)), second
+
+        start = jnp.moveaxis(jnp.tensordot(x, params["w"], ((0,), (0,))), 2, 0)
+        (_, last), _ = jax.lax.scan(step, (start, jnp.zeros((2, 3, 4))), None, length=7)
+        return last, last @ params["v"]
+
+    shapes = {"w": (2, 2), "u": (4, 4), "v": (4, 3)}
+    params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    spec = pathcond.trace_spec(apply_fn, params, jax.ShapeDtypeStruct((2, 3, 4), np.float32))
+
+    sides = [(*map(str, group.incoming), *map(str, group.outgoing)) for group in spec.groups]
+    assert sides == [("w[1]^3", "u[1]")]

@@ -70,10 +70,10 @@ class Subject:
 
 
 def _exp(logs):
-    """e^logs, exact where it is a power of two."""
+    """e^logs, exact where it is a power of two up to rounding."""
     powers = logs / np.log(2.0)
     nearest = np.round(powers)
-    return np.where(abs(powers - nearest) < 1e-9, np.exp2(nearest), np.exp(logs))
+    return np.where(abs(powers - nearest) < 1e-13, np.exp2(nearest), np.exp(logs))
 
 
 def _flat(results, count):
