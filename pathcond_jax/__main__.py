@@ -28,7 +28,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path(), metavar="DIR", help="where to write (default: here)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one seed and one learning rate, within 15 seconds"
+        "--quick", action="store_true", help="one seed and one learning rate: about 15 seconds"
     )
 
 
