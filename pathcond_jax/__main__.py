@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pathcond_jax import __version__
+from pathcond_jax.experiments import sizes
 
 
 class Command(NamedTuple):
@@ -46,23 +47,35 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", metavar="NAME", help="instead of the paper's, such as digits")
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where CIFAR-10 and MNIST lie (default: data)"
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where CIFAR-10, MNIST and Fashion-MNIST lie (default: where Debian's package puts "
+        "the last one, else data)",
     )
+    group = parser.add_argument_group("instead of the sizes of the study, where it has them")
+    for name, size in sizes.SIZES.items():
+        group.add_argument(
+            sizes.flag(name), dest=name, type=size.read, metavar=size.metavar, help=size.meaning
+        )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--fresh", action="store_true", help="run again what is finished")
 
 
 def _run_reproduce(arguments: argparse.Namespace) -> int:
-    from pathcond_jax.experiments import reproduce, sources
+    from pathcond_jax.experiments import reproduce, sources, study
 
     if arguments.name == "list":
         width = max(map(len, reproduce.STUDIES))
         for name, summary in reproduce.STUDIES.items():
             print(f"{name:<{width}}  {summary}")
         return 0
+    given = {k: v for k, v in vars(arguments).items() if k != "command"}
+    asked = {name: given.pop(name) for name in sizes.SIZES}
+    asked = {name: value for name, value in asked.items() if value is not None}
     try:
-        reproduce.main(**{k: v for k, v in vars(arguments).items() if k != "command"})
-    except (sources.DataError, reproduce.UsageError) as error:
+        reproduce.main(**given, sizes=asked)
+    except (sources.DataError, study.UsageError) as error:
         print(f"pathcond reproduce {arguments.name}: {error}", file=sys.stderr)
         return 1
     return 0

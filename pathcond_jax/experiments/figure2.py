@@ -1,114 +1,92 @@
-"""Figure 2 of the paper: MLPs of growing depth, and the epochs they take to fit the data."""
+"""Figure 2 of the paper: deep MLPs, and the epochs they take to fit the data.
+
+The authors' script trains MLPs with BatchNorm, their plot names those without; here are both.
+"""
 
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
+from pathcond_jax.experiments import comparing, models, published
+from pathcond_jax.experiments.study import Context, Options, Report, Result, Task, chosen_methods
 
-from pathcond_jax import plotting
-from pathcond_jax.experiments import drawing, methods, models, sources
-from pathcond_jax.experiments.study import Context, Options, Report, Result, Table, Task
+SUMMARY = "how many epochs deep MLPs take, by learning rate (CIFAR-10, (Fashion-)MNIST, digits)"
+DATASETS = ("cifar10", "fashion_mnist", "mnist", "digits")
 
-SUMMARY = "how many epochs deep MLPs take (CIFAR-10 or digits)"
-DATASETS = ("cifar10", "digits")
-
-DEPTHS = (2, 3, 4, 5, 6, 7, 8)
-NAMES = (methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM, methods.ENORM)
-THRESHOLD = 0.99
-# The authors' for CIFAR-10: width 500, learning rate 1e-3, 60 epochs, batches of 128, 3 seeds.
-GRID = {
-    "cifar10": {"width": 500, "learning_rate": 1e-3, "num_epochs": 60, "batch_size": 128},
-    "digits": {"width": 100, "learning_rate": 0.05, "num_epochs": 60, "batch_size": 32},
+PLAIN, NORMED = "without BatchNorm", "with BatchNorm"
+WAYS = {
+    PLAIN: tuple(name for name in published.WAYS if name != published.PUBLISHED),
+    NORMED: tuple(published.WAYS),
+}
+QUICK = (published.NONE, published.OPTIMUM, published.PUBLISHED, published.MATCHED)
+RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+# CIFAR-10: the authors' sizes; theirs is the first learning rate alone.
+PAPER = {"width": 500, "depths": [3, 4, 5, 6, 7, 8], "num_epochs": 100, "batch_size": 128}
+REDUCED = {"width": 200, "depths": [3], "num_epochs": 30, "batch_size": 128, "subset": 5000}
+SIZES: dict[str, dict[str, Any]] = {
+    "cifar10": PAPER,
+    "fashion_mnist": REDUCED,
+    "mnist": REDUCED,
+    "digits": {"width": 100, "depths": [3], "num_epochs": 60, "batch_size": 32},
 }
 
 
 def tasks(options: Options) -> list[Task]:
-    """A task for each depth."""
-    settings = {
-        **GRID[options.dataset],
+    """A task for each depth, network and method; it trains all learning rates and seeds."""
+    sizes = {
         "dataset": options.dataset,
+        "subset": None,
+        "learning_rates": RATES,
         "num_seeds": 3,
-        "methods": list(NAMES),
+        "threshold": 0.99,
         "seed": options.seed,
+        "methods": list(published.WAYS),
+        **SIZES[options.dataset],
     }
     if options.quick:
-        settings |= {"num_epochs": 8, "num_seeds": 2, "methods": list(NAMES[:2]), "width": 32}
-    depths = (2, 4) if options.quick else DEPTHS
-    return [Task(f"{depth} hidden layers", {"depth": depth, **settings}) for depth in depths]
+        sizes |= {"width": 32, "num_epochs": 12, "num_seeds": 2, "methods": list(QUICK)}
+        sizes |= {"learning_rates": [0.03, 0.3], "threshold": 0.9}
+    sizes |= options.sizes
+    names = chosen_methods(sizes.pop("methods"), published.WAYS)
+    return [
+        Task(
+            f"{depth} layers, {network}, {name}",
+            {"network": f"{depth} hidden layers, {network}", "depth": depth, "method": name}
+            | {"batch_norm": network == NORMED, **sizes},
+        )
+        for depth in sizes.pop("depths")
+        for network, ways in WAYS.items()
+        for name in names
+        if name in ways
+    ]
 
 
 def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Trains all methods and seeds of one depth."""
-    data = sources.load(settings["dataset"], context.data_dir)
-    model = models.AuthorsMLP((settings["width"],) * settings["depth"])
-    task = methods.problem(
-        model, data, num_epochs=settings["num_epochs"], batch_size=settings["batch_size"]
+    """Trains one method."""
+    normed = settings["batch_norm"]
+    model = models.AuthorsMLP(
+        (settings["width"],) * settings["depth"],
+        hidden_bias=not normed,
+        output_bias=normed,
+        batch_norm=normed,
     )
-    return methods.run_methods(
-        task,
-        settings["methods"],
-        num_seeds=settings["num_seeds"],
-        seed=settings["seed"],
-        learning_rate=settings["learning_rate"],
-        threshold=THRESHOLD,
-        advance=context.advance,
+    network = published.network(
+        model,
+        model,
+        f"Dense_{settings['depth']}",
+        settings["dataset"],
+        context.data_dir,
+        settings["subset"],
+        settings["num_epochs"],
+        settings["batch_size"],
     )
+    return published.run(settings, context, network)
 
 
 def report(results: list[Result]) -> Report:
-    """Epochs to the threshold by depth, and training curves of some depths."""
-    names = list(results[0].values)
-    rows = [
-        (
-            str(result.settings["depth"]),
-            name,
-            ", ".join(f"{epoch:g}" for epoch in values["epochs_to"]),
-            f"{np.mean(np.asarray(values['train_loss'])[:, -1]):.3g}",
-            f"{100 * np.mean(np.asarray(values['test_accuracy'])[:, -1]):.1f}",
-            f"{np.max(values['log_scales']['largest']):.2f}",
-        )
-        for result in results
-        for name, values in result.values.items()
-    ]
+    """What every method gains at every learning rate, and what explains it."""
     settings = results[0].settings
+    images = f", {settings['subset']} images" if settings["subset"] else ""
     title = (
-        f"Figure 2 on {settings['dataset']}: width {settings['width']}, learning rate "
-        f"{settings['learning_rate']:g}, {settings['num_epochs']} epochs"
+        f"Figure 2 on {settings['dataset']}{images}: width {settings['width']}, "
+        f"{settings['num_epochs']} epochs, {settings['num_seeds']} seeds"
     )
-    heads = (
-        "hidden\nlayers",
-        "method",
-        f"epochs to {THRESHOLD:.0%}\nby seed",
-        "train\nloss",
-        "test\n%",
-        "largest\n|log λ|",
-    )
-    return Report([Table(title, heads, rows)], {"": plot(results, names)})
-
-
-def plot(results: list[Result], names: list[str]) -> Figure:
-    """Epochs by depth, then training curves at the smallest, middle and largest depth."""
-    shown = [results[k] for k in sorted({0, len(results) // 2, len(results) - 1})]
-    figure, axes = drawing.panels(1, 1 + len(shown))
-    first, *curves = axes[0]
-    limit = results[0].settings["num_epochs"]
-    depths = [result.settings["depth"] for result in results]
-    for number, name in enumerate(names):
-        epochs = np.array([np.median(r.values[name]["epochs_to"]) for r in results])
-        first.plot(
-            np.asarray(depths) + 0.08 * (number - (len(names) - 1) / 2),
-            np.where(np.isfinite(epochs), epochs, 1.1 * limit),
-            color=drawing.COLORS[number],
-            marker=drawing.MARKERS[number],
-            label=name,
-        )
-    first.axhline(1.05 * limit, color="0.7", linewidth=0.8)
-    first.text(depths[0], 1.12 * limit, "not reached", va="bottom", fontsize=8, color="0.35")
-    first.set(xlabel="hidden layers", ylabel=f"epochs to {THRESHOLD:.0%} (median)")
-    first.set(xticks=depths, ylim=(0, 1.25 * limit))
-    for panel, result in zip(curves, shown, strict=True):
-        losses = {name: np.asarray(result.values[name]["train_loss"]) for name in names}
-        plotting.plot_training(losses, axes=panel)
-        panel.set_title(f"{result.settings['depth']} hidden layers", fontsize=10)
-    drawing.legend_below(figure, first)
-    return figure
+    return comparing.report(results, title)

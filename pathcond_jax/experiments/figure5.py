@@ -20,57 +20,69 @@ from pathcond_jax.experiments.study import (
     Result,
     Table,
     Task,
+    chosen_methods,
     mean_interval,
     with_interval,
 )
 
-SUMMARY = "autoencoders of growing compression (MNIST or digits)"
-DATASETS = ("mnist", "digits", "none")
+SUMMARY = "autoencoders of growing compression (MNIST, Fashion-MNIST or digits)"
+DATASETS = ("mnist", "fashion_mnist", "digits", "none")
 
-# Hidden widths by compression factor sqrt(inputs / bottleneck).
-WIDTHS = {
-    "mnist": {1: [784] * 3, 2: [392, 196, 392], 4: [196, 49, 196], 7: [112, 16, 112]},
-    "digits": {1: [64] * 3, 2: [32, 16, 32], 4: [16, 4, 16], 8: [8, 1, 8]},
-}
-LEARNING_RATES = {"mnist": (1e-3, 1e-2, 1e-1), "digits": (1e-2, 1e-1, 1.0), "none": ()}
 NAMES = (methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM)
+# Hidden widths by compression factor sqrt(inputs / bottleneck).
+LARGE = {1: [784] * 3, 2: [392, 196, 392], 4: [196, 49, 196], 7: [112, 16, 112]}
+SMALL = {1: [64] * 3, 2: [32, 16, 32], 4: [16, 4, 16], 8: [8, 1, 8]}
+PAPER = {"learning_rates": [1e-3, 1e-2, 1e-1], "num_epochs": 500, "batch_size": 128}
+SIZES: dict[str, dict[str, Any]] = {
+    "mnist": {"widths": LARGE, **PAPER},
+    "fashion_mnist": {"widths": LARGE, **PAPER, "num_epochs": 10, "batch_size": 32}
+    | {"subset": 1000, "methods": list(NAMES[:2])},
+    "digits": {"widths": SMALL, **PAPER, "learning_rates": [1e-2, 1e-1, 1.0]},
+    "none": {"widths": LARGE, **PAPER, "learning_rates": []},
+}
 
 
 def tasks(options: Options) -> list[Task]:
     """The sizes of the log-scales by compression, then training by compression and rate."""
-    widths = list(WIDTHS.get(options.dataset, WIDTHS["mnist"]).items())
-    rates = LEARNING_RATES[options.dataset]
-    seeds, epochs = 3, 500
+    sizes: dict[str, Any] = {"subset": None, "num_seeds": 3, "seed": options.seed}
+    sizes |= {"methods": list(NAMES)}
+    sizes |= SIZES[options.dataset]
     if options.quick:
-        widths, rates, seeds, epochs = widths[:3:2], rates[1:2], 2, 10
-    sizes = [
-        Task(
-            f"compression {factor}, initialization",
-            {"kind": "initialization", "factor": factor, "widths": hidden}
-            | {"inputs": 64 if options.dataset == "digits" else 784}
-            | {"num_seeds": seeds, "seed": options.seed},
-        )
-        for factor, hidden in widths
+        sizes |= {"num_seeds": 2, "num_epochs": 10, "methods": list(NAMES[:2])}
+        sizes |= {"widths": dict(list(sizes["widths"].items())[:3:2])}
+        sizes |= {"learning_rates": sizes["learning_rates"][1:2]}
+    sizes |= options.sizes
+    chosen_methods(sizes["methods"], methods.METHODS)
+    widths, rates = (sizes.pop(key) for key in ("widths", "learning_rates"))
+    at_start = {"kind": "initialization", "inputs": 64 if options.dataset == "digits" else 784}
+    trained = {"kind": "training", "dataset": options.dataset, **sizes}
+    return [
+        *(
+            Task(
+                f"compression {factor}, initialization",
+                {**at_start, "factor": factor, "widths": hidden}
+                | {key: sizes[key] for key in ("num_seeds", "seed")},
+            )
+            for factor, hidden in widths.items()
+        ),
+        *(
+            Task(
+                f"compression {factor}, learning rate {rate:g}",
+                {**trained, "factor": factor, "widths": hidden, "learning_rate": rate},
+            )
+            for factor, hidden in widths.items()
+            for rate in rates
+        ),
     ]
-    trained = [
-        Task(
-            f"compression {factor}, learning rate {rate:g}",
-            {"kind": "training", "factor": factor, "widths": hidden, "learning_rate": rate}
-            | {"dataset": options.dataset, "num_epochs": epochs, "batch_size": 128}
-            | {"num_seeds": seeds, "methods": list(NAMES[: 2 if options.quick else 3])}
-            | {"seed": options.seed},
-        )
-        for factor, hidden in widths
-        for rate in rates
-    ]
-    return [*sizes, *trained]
 
 
 def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
     """Conditions fresh networks, or trains."""
     if settings["kind"] == "initialization":
         return log_scale_sizes(settings)
-    data = as_autoencoding(sources.load(settings["dataset"], context.data_dir))
+    data = as_autoencoding(
+        sources.load(settings["dataset"], context.data_dir, subset=settings["subset"])
+    )
     model = models.AuthorsMLP(tuple(settings["widths"]), num_outputs=data.train_labels.shape[1])
     task = methods.problem(
         model,
@@ -131,9 +143,10 @@ def report(results: list[Result]) -> Report:
     ]
     if trained:
         settings = trained[0].settings
+        images = f", {settings['subset']} images" if settings["subset"] else ""
         tables.append(
             Table(
-                f"Figure 5 on {settings['dataset']}: final training loss, "
+                f"Figure 5 on {settings['dataset']}{images}: final training loss, "
                 f"{settings['num_epochs']} epochs",
                 ("compression", "rate", *settings["methods"]),
                 [
@@ -172,7 +185,8 @@ def plot(sizes: list[Result], trained: list[Result]) -> Figure:
                 capsize=2,
                 label=name,
             )
-        panel.set(xlabel="compression factor", yscale="log", title=f"learning rate {rate:g}")
+        panel.set(xlabel="compression factor", title=f"learning rate {rate:g}")
+        drawing.loss_axis(panel)
         panel.set(xticks=[r.settings["factor"] for r in chosen])
     if others:
         others[0].set_ylabel("final training loss")

@@ -1,19 +1,25 @@
 """Does conditioning help? Every method on small problems, at its own best learning rate.
 
+``--dataset digits`` has five problems trained by plain SGD; ``--dataset fashion_mnist`` an MLP and
+a CNN, each by SGD, SGD with momentum and Adam, also compared at the paper's learning rate.
+
 Each method starts from the same initializations and sees the same batches. The optima do not
 depend on the representative, so from the unbalanced starts only "none" and sweeps are run.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax import linen as nn
 from matplotlib.figure import Figure
 from scipy import stats
 
 from pathcond_jax.experiments import drawing, methods, models, sources, training
+from pathcond_jax.experiments.data import Dataset
 from pathcond_jax.experiments.figure5 import as_autoencoding
 from pathcond_jax.experiments.study import (
     Context,
@@ -22,103 +28,160 @@ from pathcond_jax.experiments.study import (
     Result,
     Table,
     Task,
+    chosen_methods,
+    epochs_text,
     mean_interval,
 )
 
 SUMMARY = "whether conditioning helps, at every method's own best learning rate"
-DATASETS: tuple[str, ...] = ()
+DATASETS = ("digits", "fashion_mnist")
 
 SPREAD = 2.0
 FROM_UNBALANCED = (methods.NONE, "1 sweep", "3 sweeps", methods.TEN_SWEEPS)
 LEARNING_RATES: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# Learning rates of SGD, of SGD with momentum, and of Adam on images.
+PAPER_RATE = 1e-3
+RATES: dict[str, Sequence[float]] = {
+    "SGD": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "momentum": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "Adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
+OPTIMIZERS: dict[str, training.MakeOptimizer] = {
+    "SGD": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "Adam": optax.adam,
+}
 
 
 class Setup(NamedTuple):
     """A problem of the study.
 
     Attributes:
-      make: the problem, for a number of epochs.
+      make: the problem, for a data set and a number of epochs.
+      dataset: its data.
       num_epochs: of the full study.
       threshold: of the training score.
       score: what the score is.
+      optimizer: one of ``OPTIMIZERS``.
+      learning_rates: to choose from.
     """
 
-    make: Callable[[int], methods.Problem]
+    make: Callable[[Dataset, int], methods.Problem]
+    dataset: str
     num_epochs: int
     threshold: float
     score: str = "accuracy"
+    optimizer: str = "SGD"
+    learning_rates: Sequence[float] = LEARNING_RATES
 
 
-def _digits_mlp(num_epochs: int) -> methods.Problem:
-    model = models.MLP((64,) * 4)
-    return methods.problem(model, sources.load("digits"), num_epochs=num_epochs, batch_size=64)
+def _mlp(widths: tuple[int, ...], data: Dataset, num_epochs: int) -> methods.Problem:
+    model = models.MLP(widths)
+    return methods.problem(model, data, num_epochs=num_epochs, batch_size=64)
 
 
-def _bottleneck_mlp(num_epochs: int) -> methods.Problem:
-    model = models.MLP((96, 12, 96, 12))
-    return methods.problem(model, sources.load("digits"), num_epochs=num_epochs, batch_size=64)
-
-
-def _moons_mlp(num_epochs: int) -> methods.Problem:
+def _moons_mlp(data: Dataset, num_epochs: int) -> methods.Problem:
     model = models.MLP((16, 32, 16), num_outputs=2)
-    return methods.problem(model, sources.load("moons"), num_epochs=num_epochs, batch_size=70)
+    return methods.problem(model, data, num_epochs=num_epochs, batch_size=70)
 
 
-def _autoencoder(num_epochs: int) -> methods.Problem:
+def _autoencoder(data: Dataset, num_epochs: int) -> methods.Problem:
     return methods.problem(
         models.MLP((32, 8, 32), num_outputs=64),
-        as_autoencoding(sources.load("digits")),
+        as_autoencoding(data),
         num_epochs=num_epochs,
         batch_size=32,
         goal=training.RECONSTRUCTION,
     )
 
 
-def _cnn(num_epochs: int) -> methods.Problem:
-    model = models.CNN((8, 16), kernel_init=nn.initializers.he_normal())
+def _cnn(channels: tuple[int, ...], data: Dataset, num_epochs: int) -> methods.Problem:
+    model = models.CNN(channels, kernel_init=nn.initializers.he_normal())
     fast = model.clone(convolution=models.convolve_by_products)
-    data = sources.load("digits")
     return methods.problem(model, data, num_epochs=num_epochs, batch_size=64, trained_model=fast)
 
 
-SETUPS = {
-    "moons MLP 16-32-16": Setup(_moons_mlp, 40, 0.99),
-    "digits MLP 64-64-64-64": Setup(_digits_mlp, 20, 0.99),
-    "digits MLP 96-12-96-12": Setup(_bottleneck_mlp, 20, 0.99),
-    "autoencoder 32-8-32": Setup(_autoencoder, 30, 0.6, "explained variance"),
-    "CNN 8-16, He": Setup(_cnn, 12, 0.99),
+def _on_images(make: Callable[[Dataset, int], methods.Problem], name: str) -> dict[str, Setup]:
+    """A problem on Fashion-MNIST, with each optimizer."""
+    return {
+        f"{name}, {optimizer}": Setup(
+            make,
+            "fashion_mnist",
+            10,
+            0.9,
+            optimizer=optimizer,
+            learning_rates=RATES[optimizer],
+        )
+        for optimizer in OPTIMIZERS
+    }
+
+
+DIGITS = {
+    "moons MLP 16-32-16": Setup(_moons_mlp, "moons", 40, 0.99),
+    "digits MLP 64-64-64-64": Setup(functools.partial(_mlp, (64,) * 4), "digits", 20, 0.99),
+    "digits MLP 96-12-96-12": Setup(functools.partial(_mlp, (96, 12, 96, 12)), "digits", 20, 0.99),
+    "autoencoder 32-8-32": Setup(_autoencoder, "digits", 30, 0.6, "explained variance"),
+    "CNN 8-16, He": Setup(functools.partial(_cnn, (8, 16)), "digits", 12, 0.99),
+}
+IMAGES = {
+    **_on_images(functools.partial(_mlp, (64,) * 3), "MLP 64-64-64"),
+    **_on_images(functools.partial(_cnn, (4, 8)), "CNN 4-8"),
+}
+SETUPS = {**DIGITS, **IMAGES}
+GRIDS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "problems": DIGITS,
+        "num_seeds": 5,
+        "methods": list(methods.METHODS),
+        "from_unbalanced": FROM_UNBALANCED,
+        "subset": None,
+    },
+    "fashion_mnist": {
+        "problems": IMAGES,
+        "num_seeds": 3,
+        "methods": [methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM],
+        "from_unbalanced": (),
+        "subset": 1000,
+    },
 }
 
 
 def tasks(options: Options) -> list[Task]:
     """A task for each problem; it runs all learning rates, methods and seeds."""
-    names, rates, seeds = list(SETUPS), LEARNING_RATES, 5
-    chosen = list(methods.METHODS)
+    sizes: dict[str, Any] = {"learning_rates": None, "num_epochs": None}
+    sizes |= GRIDS[options.dataset]
+    problems = dict(sizes.pop("problems"))
     if options.quick:
-        names, rates, seeds = names[:1], (0.03, 0.3, 3.0), 3
-        chosen = [methods.NONE, "1 sweep", "norm 0.3"]
+        problems = dict(list(problems.items())[:1])
+        sizes |= {"learning_rates": [0.03, 0.3, 3.0], "num_seeds": 3}
+        sizes |= {"methods": [methods.NONE, "1 sweep", "norm 0.3"]}
+    sizes |= options.sizes
+    chosen = chosen_methods(sizes["methods"], methods.METHODS)
     return [
         Task(
             name,
             {
+                **sizes,
                 "problem": name,
-                "learning_rates": list(rates),
-                "num_epochs": SETUPS[name].num_epochs // (2 if options.quick else 1),
-                "num_seeds": seeds,
-                "methods": chosen,
-                "from_unbalanced": [m for m in FROM_UNBALANCED if m in chosen],
+                "dataset": options.dataset,
+                "learning_rates": list(sizes["learning_rates"] or setup.learning_rates),
+                "num_epochs": sizes["num_epochs"]
+                or setup.num_epochs // (2 if options.quick else 1),
+                "from_unbalanced": [m for m in sizes["from_unbalanced"] if m in chosen],
                 "spread": SPREAD,
-                "threshold": SETUPS[name].threshold,
+                "threshold": setup.threshold,
                 "seed": options.seed,
             },
         )
-        for name in names
+        for name, setup in problems.items()
     ]
 
 
 def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
     """Trains everything on one problem."""
-    task = SETUPS[settings["problem"]].make(settings["num_epochs"])
+    setup = SETUPS[settings["problem"]]
+    data = sources.load(setup.dataset, context.data_dir, subset=settings["subset"])
+    task = setup.make(data, settings["num_epochs"])
     spec = methods.trace(task)
     keys = jax.random.split(jax.random.key(settings["seed"]), (3, settings["num_seeds"]))
     standard = jax.jit(jax.vmap(task.init_fn))(keys[0])
@@ -145,6 +208,7 @@ def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
             keys[2],
             rate,
             again=again,
+            make_optimizer=OPTIMIZERS[setup.optimizer],
             advance=lambda part: context.advance(part / len(rates)),
         )
         for rate in rates
@@ -209,6 +273,16 @@ def log_ratio(losses: np.ndarray, against: np.ndarray) -> tuple[float, float]:
     return float(mean), float(half)
 
 
+def at_rate(
+    values: dict[str, Any], reference: dict[str, Any], rates: list[float], rate: float
+) -> tuple[float, float] | None:
+    """The log-ratio of the final losses of two starts at one learning rate; None if not run."""
+    if rate not in rates:
+        return None
+    losses = (np.asarray(v["train_loss"], float)[rates.index(rate)] for v in (values, reference))
+    return log_ratio(*losses)
+
+
 def report(results: list[Result]) -> Report:
     """For each problem and start: own best rate, same rate, stability, and the verdicts."""
     tables = [_table(result) for result in results]
@@ -225,6 +299,7 @@ def _table(result: Result) -> Table:
         own = best(values, rates)
         mean, half = log_ratio(own.loss, reference.loss)
         at_same, _ = log_ratio(np.asarray(values["train_loss"])[same], reference.loss)
+        paper = at_rate(values, result.values["standard: none"], rates, PAPER_RATE)
         stable = np.exp(np.mean(np.log(np.maximum(values["largest_stable"], 1e-6))))
         rows.append(
             (
@@ -233,7 +308,8 @@ def _table(result: Result) -> Table:
                 f"{np.exp(np.mean(np.log(np.maximum(own.loss, 1e-12)))):.2g}",
                 f"{mean:+.2f} ±{half:.2f}" if label != "standard: none" else "",
                 f"{at_same:+.2f}",
-                f"{np.median(own.epochs):g}",
+                "" if paper is None else "{:+.2f} ±{:.2f}".format(*paper),
+                epochs_text(float(np.median(own.epochs)), settings["num_epochs"]),
                 f"{100 * np.mean(own.score):.1f}",
                 f"{stable:.2g}",
             )
@@ -249,6 +325,7 @@ def _table(result: Result) -> Table:
         "train\nloss",
         "log10 of\nratio",
         f"at rate\n{reference.rate:g}",
+        f"at rate\n{PAPER_RATE:g}",
         f"epochs to\n{settings['threshold']:g}",
         "test %" if score == "accuracy" else "test %\nexplained",
         "stable\nup to",
@@ -319,24 +396,34 @@ def findings(results: list[Result]) -> list[str]:
 
 
 def plot(results: list[Result]) -> Figure:
-    """For each problem, the log-ratio of the final loss against no rescaling, by method."""
-    figure, axes = drawing.panels(1, len(results), width=2.9, height=4.2)
+    """For each problem, the log-ratio of the final loss against no rescaling, by method.
+
+    Filled: each at its own best learning rate. Hollow: both at the paper's.
+    """
+    figure, axes = drawing.panels(1, len(results), width=max(2.9, 6 / len(results)), height=4.2)
     for panel, result in zip(axes[0], results, strict=True):
-        rates = result.settings["learning_rates"]
+        rates, none = result.settings["learning_rates"], result.values["standard: none"]
         labels = [label for label in result.values if label != "standard: none"]
-        reference = best(result.values["standard: none"], rates).loss
+        reference = best(none, rates).loss
         for place, label in enumerate(labels):
-            mean, half = log_ratio(best(result.values[label], rates).loss, reference)
             origin = label.startswith("unbalanced")
-            color = drawing.COLORS[1 if origin else 2]
-            marker = "s" if origin else "o"
-            if np.isfinite(mean):
-                panel.errorbar(mean, place, xerr=half, color=color, marker=marker, capsize=2)
-            else:
-                panel.text(0, place, "diverged", fontsize=8, va="center")
+            style = {"color": drawing.COLORS[1 if origin else 2], "marker": "s" if origin else "o"}
+            values = result.values[label]
+            found = {"full": log_ratio(best(values, rates).loss, reference)}
+            paper = at_rate(values, none, rates, PAPER_RATE)
+            if paper is not None:
+                found["none"] = paper
+            for offset, (fill, (mean, half)) in zip((0.0, 0.3), found.items(), strict=False):
+                if np.isfinite(mean):
+                    panel.errorbar(
+                        mean, place + offset, xerr=half, fillstyle=fill, capsize=2, **style
+                    )
+                else:
+                    panel.text(0, place, "diverged", fontsize=8, va="center")
         panel.axvline(0, color="0.5", linewidth=0.8)
         panel.set_title(result.settings["problem"], fontsize=9)
         panel.set_xlabel("log10 (final loss /\nfinal loss without)")
-        panel.set_yticks(range(len(labels)), labels if panel is axes[0, 0] else [])
+        shown = [label.replace("standard: ", "") for label in labels]
+        panel.set_yticks(range(len(labels)), shown if panel is axes[0, 0] else [])
         panel.set_ylim(len(labels) - 0.5, -0.5)
     return figure

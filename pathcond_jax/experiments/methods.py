@@ -222,8 +222,8 @@ def run_methods(
       advance: called with the fraction just done.
 
     Returns:
-      For each name: thinned curves, their epochs, the epochs to the threshold, and the sizes of
-      the log-scales, all by seed.
+      For each name: thinned curves with the epoch of each point, the epochs to the threshold, and
+      the sizes of the log-scales, all by seed.
     """
     spec = trace(task)
     init_keys, train_keys = jax.random.split(jax.random.key(seed), (2, num_seeds))
@@ -250,7 +250,8 @@ def described(curves: training.Curves, threshold: float, points: int = 200) -> d
     kept = np.unique(np.r_[: num_epochs : -(-num_epochs // points), num_epochs - 1])
     thinned = {name: part[:, kept] for name, part in curves._asdict().items()}
     reached = training.epochs_to(curves.train_accuracy, threshold)
-    return {"epochs": kept + 1, "epochs_to": reached, **thinned}
+    epochs = np.broadcast_to(kept + 1, thinned["train_loss"].shape)
+    return {"epoch": epochs, "epochs_to": reached, **thinned}
 
 
 def largest_stable(

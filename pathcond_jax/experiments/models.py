@@ -61,40 +61,54 @@ class CNN(nn.Module):
 
 
 class AuthorsMLP(nn.Module):
-    """The authors' MLP: biases in hidden layers only, PyTorch's default initialization.
+    """The authors' MLPs, with PyTorch's default initialization.
+
+    Theirs without BatchNorm have biases in hidden layers only; those with it, in the last only.
 
     Attributes:
       widths: the sizes of the hidden layers.
       num_outputs: the size of the output.
+      hidden_bias: whether the hidden layers have biases.
+      output_bias: whether the last layer has one.
+      batch_norm: whether BatchNorm stands before each ReLU.
     """
 
     widths: Sequence[int]
     num_outputs: int = 10
+    hidden_bias: bool = True
+    output_bias: bool = False
+    batch_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps (batch, ...) to (batch, num_outputs)."""
         x = x.reshape(x.shape[0], -1)
-        for layer, width in enumerate((*self.widths, self.num_outputs)):
-            hidden = layer < len(self.widths)
+        for width in self.widths:
             uniform = uniform_below(x.shape[-1] ** -0.5)
-            x = nn.Dense(width, use_bias=hidden, kernel_init=uniform, bias_init=uniform)(x)
-            x = nn.relu(x) if hidden else x
-        return x
+            x = nn.Dense(width, self.hidden_bias, kernel_init=uniform, bias_init=uniform)(x)
+            x = nn.relu(_normalized(x, train) if self.batch_norm else x)
+        uniform = uniform_below(x.shape[-1] ** -0.5)
+        last = nn.Dense(self.num_outputs, self.output_bias, kernel_init=uniform, bias_init=uniform)
+        return last(x)
 
 
 class FullyConvolutional(nn.Module):
-    """The authors' convolutional network: nine convolutions, two max pools, one average pool.
+    """The authors' convolutional network, with PyTorch's default initialization.
+
+    Nine convolutions with biases, each before a ReLU; two max pools, after the third and the sixth;
+    an average pool at the end.
 
     Attributes:
       widths: the channels of convolutions 1 to 3, 4 to 6, and 7 and 8.
       num_outputs: the size of the output.
-      batch_norm: whether BatchNorm follows each convolution.
+      batch_norm: whether BatchNorm stands before the ReLUs that a pool follows.
+      convolution: what computes the convolutions; see :func:`convolve_by_products`.
     """
 
     widths: tuple[int, int, int] = (128, 256, 320)
     num_outputs: int = 10
     batch_norm: bool = False
+    convolution: Callable[..., jax.Array] = jax.lax.conv_general_dilated
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -102,12 +116,18 @@ class FullyConvolutional(nn.Module):
         first, second, third = self.widths
         channels = (first,) * 3 + (second,) * 3 + (third,) * 2 + (self.num_outputs,)
         for number, size in enumerate(channels, start=1):
-            kernel = (3, 3) if number <= 7 else (1, 1)
-            x = nn.Conv(size, kernel, kernel_init=nn.initializers.he_normal())(x)
-            if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=not train)(x)
-            x = nn.relu(x)
-            if number in (3, 6):
+            side = 3 if number <= 7 else 1
+            uniform = uniform_below((side * side * x.shape[-1]) ** -0.5)
+            convolution = nn.Conv(
+                size,
+                (side, side),
+                kernel_init=uniform,
+                bias_init=uniform,
+                conv_general_dilated=self.convolution,
+            )
+            x, pooled = convolution(x), number in (3, 6)
+            x = nn.relu(_normalized(x, train) if self.batch_norm and pooled else x)
+            if pooled:
                 x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         return x.mean(axis=(1, 2))
 
@@ -158,3 +178,8 @@ def convolve_by_products(
         padded[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)
     ]
     return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, features)
+
+
+def _normalized(x: jax.Array, train: bool) -> jax.Array:
+    """BatchNorm with PyTorch's constants; called within a module, it is a part of it."""
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)(x)

@@ -14,6 +14,7 @@ from pathcond_jax.experiments.study import (
     Result,
     Table,
     Task,
+    epochs_text,
     with_interval,
 )
 
@@ -84,7 +85,7 @@ def report(results: list[Result]) -> Report:
                     name,
                     with_interval(last["train_loss"]),
                     with_interval(100 * last["test_accuracy"]),
-                    f"{np.median(values['epochs_to']):g}",
+                    epochs_text(np.median(values["epochs_to"]), result.settings["num_epochs"]),
                 )
             )
     settings = results[0].settings

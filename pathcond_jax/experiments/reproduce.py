@@ -5,8 +5,9 @@ To add a study, write a module as ``study.py`` describes and list it in ``STUDIE
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table as RichTable
 
 from pathcond_jax.experiments import sources
-from pathcond_jax.experiments.store import Store, write_csv
+from pathcond_jax.experiments.sizes import TAKEN, flag
+from pathcond_jax.experiments.store import Store, write_runs, write_tables
 from pathcond_jax.experiments.study import (
     Context,
     Options,
@@ -23,6 +25,7 @@ from pathcond_jax.experiments.study import (
     Study,
     Table,
     Task,
+    UsageError,
     compiled_fast,
 )
 
@@ -47,10 +50,6 @@ STUDIES = {
 MEASURE_TIME = ("timing",)
 
 
-class UsageError(ValueError):
-    """There is no such study, or it has no such data set."""
-
-
 def study(name: str) -> Study:
     """The module of a study.
 
@@ -71,6 +70,7 @@ def main(
     seed: int = 0,
     dataset: str | None = None,
     data_dir: Path | None = None,
+    sizes: Mapping[str, Any] | None = None,
     fresh: bool = False,
     console: Console | None = None,
 ) -> Report:
@@ -78,11 +78,13 @@ def main(
 
     Args:
       name: a name in ``STUDIES``.
-      out: where the results, ``<name>.csv`` and the figures go.
+      out: where the results, the figures, ``<name>.csv`` with the tables and ``<name>_runs.csv``
+        with every number of every run go.
       quick: the small grid.
       seed: of everything random.
       dataset: one of the study's data sets; None: the paper's.
       data_dir: where downloaded data sets lie.
+      sizes: what to use instead of the study's own, by the names in ``sizes.TAKEN``.
       fresh: do not use stored results.
       console: where to print.
 
@@ -90,12 +92,12 @@ def main(
       The report.
 
     Raises:
-      UsageError: the study or data set does not exist.
+      UsageError: the study or data set does not exist, or the study has no such size.
       DataError: a file of the data set is missing or damaged.
     """
     console = console or Console()
     module = study(name)
-    options = Options(quick, seed, _dataset(name, module, dataset))
+    options = Options(quick, seed, _dataset(name, module, dataset), _sizes(name, sizes or {}))
     if options.dataset in sources.LOADERS:
         # A missing file is better reported now than after an hour of other tasks.
         sources.load(options.dataset, data_dir)
@@ -134,6 +136,15 @@ def _dataset(name: str, module: Study, asked: str | None) -> str:
     return asked
 
 
+def _sizes(name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    known = TAKEN.get(name, ())
+    for size in asked:
+        if size not in known:
+            options = ", ".join(map(flag, known)) or "none of these options"
+            raise UsageError(f"{name} does not take {flag(size)}; it takes {options}")
+    return asked
+
+
 def _run_all(
     module: Study,
     tasks: Sequence[Task],
@@ -166,9 +177,9 @@ def _run_all(
 
 
 def _write(name: str, report: Report, results: Sequence[Result], out: Path) -> list[Path]:
-    table = out / f"{name}.csv"
-    write_csv(table, results)
-    paths = [table]
+    paths = [out / f"{name}.csv", out / f"{name}_runs.csv"]
+    write_tables(paths[0], report.tables)
+    write_runs(paths[1], results)
     for suffix, figure in report.figures.items():
         stem = f"{name}_{suffix}" if suffix else name
         for kind in ("png", "pdf"):

@@ -73,26 +73,31 @@ class DataError(Exception):
     """A file of a data set is missing or damaged; the message says what to do."""
 
 
-def load(name: str, data_dir: Path | None = None) -> Dataset:
+def load(name: str, data_dir: Path | None = None, *, subset: int | None = None) -> Dataset:
     """A data set by name, one of ``LOADERS``.
 
     Args:
       name: ``"digits"``, ``"moons"``, ``"cifar10"``, ``"mnist"`` or ``"fashion_mnist"``.
       data_dir: where the files of the last three lie; None: where a package installs them, else
         the folder ``data``.
+      subset: keep only so many of the first training images, and of the first test images; None:
+        all.
 
     Returns:
-      The data set; images from files are normalized per channel.
+      The data set; images from files are normalized per channel, before a subset is taken.
 
     Raises:
       DataError: a file is missing or damaged.
-      ValueError: there is no such data set.
+      ValueError: there is no such data set, or ``subset`` is not positive.
     """
+    if subset is not None and subset < 1:
+        raise ValueError(f"subset must be positive, not {subset}")
     if name not in LOADERS:
         raise ValueError(f"no data set {name!r}; there are {', '.join(LOADERS)}")
     installed = INSTALLED.get(name, DEFAULT_FOLDER)
     default = installed if installed.is_dir() else DEFAULT_FOLDER
-    return _load(name, default if data_dir is None else data_dir)
+    data = _load(name, default if data_dir is None else data_dir)
+    return Dataset(*(part[:subset] for part in data))
 
 
 @functools.lru_cache(maxsize=2)

@@ -17,13 +17,17 @@ learning rate, seed, data set, ...) as JSON: a finished result is found again by
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+
+
+class UsageError(ValueError):
+    """There is no such study, or it has no such data set, option or method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +38,13 @@ class Options:
       quick: a small grid that takes less than a minute on two cores.
       seed: of everything random.
       dataset: one of the study's ``DATASETS``; "" if it has none.
+      sizes: what to use instead of the study's own sizes, by the names of its settings.
     """
 
     quick: bool = False
     seed: int = 0
     dataset: str = ""
+    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Task(NamedTuple):
@@ -107,6 +113,19 @@ class Study(Protocol):
         """Tables, figures and sentences."""
 
 
+def chosen_methods(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """The names, if all are known.
+
+    Raises:
+      UsageError: one is not.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no method {name!r}; there are {', '.join(map(repr, known))}")
+    return list(names)
+
+
 @contextlib.contextmanager
 def double_precision() -> Iterator[None]:
     """Runs its body with float64 enabled."""
@@ -167,3 +186,8 @@ def with_interval(values: Any, digits: int = 3) -> str:
     """Mean and 95 % confidence interval as text, ``"1.23 ± 0.04"``."""
     mean, half = (float(part) for part in mean_interval(values))
     return f"{mean:.{digits}g}" + (f" ± {half:.2g}" if np.isfinite(half) else "")
+
+
+def epochs_text(epochs: float, limit: int) -> str:
+    """A number of epochs, ``"> 20"`` where the limit of 20 came first."""
+    return f"{epochs:g}" if np.isfinite(epochs) else f"> {limit}"

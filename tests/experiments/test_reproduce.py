@@ -19,7 +19,7 @@ from pathcond_jax.experiments import (
     sources,
     training,
 )
-from pathcond_jax.experiments.store import Store, plain, restored, write_csv
+from pathcond_jax.experiments.store import Store, plain, restored, write_runs, write_tables
 from pathcond_jax.experiments.study import Options, Report, Result, Table, Task, mean_interval
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -104,7 +104,11 @@ def test_an_interruption_loses_no_finished_run(grid, tmp_path):
     assert "squares" in log
     assert "• Squares grow." in log
     with (tmp_path / "grid.csv").open(encoding="utf-8") as file:
-        assert [row["square"] for row in csv.DictReader(file)] == ["0.0", "1.0", "4.0"]
+        assert [row["square"] for row in csv.DictReader(file)] == ["0", "1", "4"]
+    with (tmp_path / "grid_runs.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["square"] for row in rows if row["square"]] == ["0", "1", "4"]
+    assert [row["all"] for row in rows if row["run"] == "run 1"] == ["", "1", "nan", "-inf"]
     reproduce.main("grid", out=tmp_path, console=QUIET, seed=1)
     assert grid.done == [0, 1, 2, 0, 1, 2]
     reproduce.main("grid", out=tmp_path, console=QUIET, fresh=True)
@@ -131,14 +135,55 @@ def test_json_and_back():
     json.dumps(plain({"x": np.float32(np.nan)}), allow_nan=False)
 
 
-def test_csv_has_settings_and_scalars(tmp_path):
-    results = [Result("a", {"lr": 0.1}, {"loss": 1.0, "curve": [1]}), Result("b", {"n": 2}, {})]
-    write_csv(tmp_path / "x.csv", results)
-    assert (tmp_path / "x.csv").read_text(encoding="utf-8").split() == [
-        "name,lr,loss,n",
-        "a,0.1,1.0,",
-        "b,,,2",
+def test_csv_of_runs_has_a_row_for_each_point(tmp_path):
+    values = {"loss": 1.0, "curves": {"x": [[1, 2], [3, 4]], "y": [[0.5, 0.25], [0.1, 1 / 3]]}}
+    results = [
+        Result("a", {"rate": 0.1, "widths": [2, 3]}, values),
+        Result("b", {"n": 2}, {"ragged": [[1], [2, 3]], "inner": {"z": 7}}),
     ]
+    write_runs(tmp_path / "x.csv", results)
+    assert (tmp_path / "x.csv").read_text(encoding="utf-8").splitlines() == [
+        "run,rate,widths,loss,part,i,j,x,y,n,ragged,z",
+        'a,0.1,"[2, 3]",1,,,,,,,,',
+        "a,,,,curves,0,0,1,0.5,,,",
+        "a,,,,curves,0,1,2,0.25,,,",
+        "a,,,,curves,1,0,3,0.1,,,",
+        "a,,,,curves,1,1,4,0.333333,,,",
+        "b,,,,,,,,,2,,",
+        "b,,,,,0,,,,,[1],",
+        'b,,,,,1,,,,,"[2, 3]",',
+        "b,,,,inner,,,,,,,7",
+    ]
+
+
+def test_csv_of_tables_has_a_row_for_each_line(tmp_path):
+    tables = [
+        Table("one", ("name", "train\nloss"), [("a", "1"), ("b", "2")]),
+        Table("two", ("name", "x"), [("c", "> 20")]),
+    ]
+    write_tables(tmp_path / "x.csv", tables)
+    assert (tmp_path / "x.csv").read_text(encoding="utf-8").splitlines() == [
+        "table,name,train loss,x",
+        "one,a,1,",
+        "one,b,2,",
+        "two,c,,> 20",
+    ]
+
+
+def test_sizes_replace_those_of_a_study(capsys, tmp_path):
+    sizes = {"subset": 7, "depths": [4], "num_epochs": 2, "methods": ["none"]}
+    tasks = reproduce.study("figure2").tasks(Options(False, 0, "digits", sizes))
+    assert [task.settings["network"] for task in tasks] == [
+        "4 hidden layers, without BatchNorm",
+        "4 hidden layers, with BatchNorm",
+    ]
+    assert all(task.settings["subset"] == 7 and task.settings["num_epochs"] == 2 for task in tasks)
+    command = ["reproduce", "moons", "--out", str(tmp_path), "--epochs", "3"]
+    assert main(command) == 1
+    assert "moons does not take --epochs" in capsys.readouterr().err
+    command = ["reproduce", "figure3", "--dataset", "digits", "--methods", "none,best"]
+    assert main([*command, "--out", str(tmp_path)]) == 1
+    assert "no method 'best'; there are 'none', '10 sweeps'" in capsys.readouterr().err
 
 
 def test_the_command_names_what_there_is(capsys, tmp_path):

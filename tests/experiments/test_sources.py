@@ -172,3 +172,12 @@ def test_what_always_works():
     assert set(moons.test_labels) == {0, 1}
     with pytest.raises(ValueError, match="no data set 'cifar'; there are digits"):
         sources.load("cifar")
+
+
+def test_a_subset_is_the_first_part():
+    whole, part = sources.load("digits"), sources.load("digits", subset=500)
+    assert [len(x) for x in part] == [500, 500, 450, 450]
+    for one, other in zip(whole, part, strict=True):
+        np.testing.assert_array_equal(one[:500], other)
+    with pytest.raises(ValueError, match="subset must be positive, not 0"):
+        sources.load("digits", subset=0)

@@ -3,6 +3,8 @@
 Programs are compiled as for all tests: the times in the figure of `timing` say nothing.
 """
 
+import csv
+import json
 import pathlib
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from pathcond_jax.experiments import reproduce
+from pathcond_jax.experiments.store import AXES
 
 OUT = pathlib.Path(__file__).parents[2] / "build" / "studies"
 
@@ -31,4 +34,28 @@ def test_quick(name):
         stem = f"{name}_{suffix}" if suffix else name
         assert (OUT / f"{stem}.png").stat().st_size > 10_000
         assert (OUT / f"{stem}.pdf").stat().st_size > 5_000
-    assert (OUT / f"{name}.csv").stat().st_size > 50
+    with (OUT / f"{name}.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == sum(len(table.rows) for table in report.tables)
+    with (OUT / f"{name}_runs.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    # Every number of every run is in some row.
+    written = sum(_numbers(json.loads(path.read_text("utf-8"))["values"]) for path in _stored(name))
+    names = {"run", "part", *AXES, *_settings(name)}
+    assert sum(bool(v) for row in rows for k, v in row.items() if k not in names) >= written > 0
+
+
+def _stored(name):
+    return (OUT / name).glob("*.json")
+
+
+def _settings(name):
+    return {k for path in _stored(name) for k in json.loads(path.read_text("utf-8"))["settings"]}
+
+
+def _numbers(value):
+    """How many numbers there are in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return sum(map(_numbers, value.values()))
+    if isinstance(value, list):
+        return sum(map(_numbers, value))
+    return int(isinstance(value, (int, float)))
