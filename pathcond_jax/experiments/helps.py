@@ -41,6 +41,8 @@ FROM_UNBALANCED = (methods.NONE, "1 sweep", "3 sweeps", methods.TEN_SWEEPS)
 LEARNING_RATES: Sequence[float] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Learning rates of SGD, of SGD with momentum, and of Adam on images.
 PAPER_RATE = 1e-3
+# By how a marker is filled.
+LEGEND = {"full": "each at its own best learning rate", "none": f"at learning rate {PAPER_RATE:g}"}
 RATES: dict[str, Sequence[float]] = {
     "SGD": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "momentum": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -400,7 +402,9 @@ def plot(results: list[Result]) -> Figure:
 
     Filled: each at its own best learning rate. Hollow: both at the paper's.
     """
-    figure, axes = drawing.panels(1, len(results), width=max(2.9, 6 / len(results)), height=4.2)
+    most = max(len(result.values) for result in results)
+    width, height = max(2.9, 6 / len(results)), 1.6 + 0.2 * most
+    figure, axes = drawing.panels(1, len(results), width=width, height=height)
     for panel, result in zip(axes[0], results, strict=True):
         rates, none = result.settings["learning_rates"], result.values["standard: none"]
         labels = [label for label in result.values if label != "standard: none"]
@@ -409,14 +413,20 @@ def plot(results: list[Result]) -> Figure:
             origin = label.startswith("unbalanced")
             style = {"color": drawing.COLORS[1 if origin else 2], "marker": "s" if origin else "o"}
             values = result.values[label]
-            found = {"full": log_ratio(best(values, rates).loss, reference)}
+            found = [(0.0, "full", log_ratio(best(values, rates).loss, reference))]
             paper = at_rate(values, none, rates, PAPER_RATE)
             if paper is not None:
-                found["none"] = paper
-            for offset, (fill, (mean, half)) in zip((0.0, 0.3), found.items(), strict=False):
+                found.append((0.3, "none", paper))
+            for offset, fill, (mean, half) in found:
                 if np.isfinite(mean):
                     panel.errorbar(
-                        mean, place + offset, xerr=half, fillstyle=fill, capsize=2, **style
+                        mean,
+                        place + offset,
+                        xerr=half,
+                        fillstyle=fill,
+                        capsize=2,
+                        label=LEGEND[fill],
+                        **style,
                     )
                 else:
                     panel.text(0, place, "diverged", fontsize=8, va="center")
@@ -425,5 +435,6 @@ def plot(results: list[Result]) -> Figure:
         panel.set_xlabel("log10 (final loss /\nfinal loss without)")
         shown = [label.replace("standard: ", "") for label in labels]
         panel.set_yticks(range(len(labels)), shown if panel is axes[0, 0] else [])
-        panel.set_ylim(len(labels) - 0.5, -0.5)
+        panel.set_ylim(len(labels) - 0.4, -0.6)
+    drawing.legend_below(figure, axes[0])
     return figure
