@@ -164,16 +164,21 @@ def scaled_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
       >>> round(float(gram.mantissa["b"]["w"][0, 0]), 3), int(gram.exponent["b"]["w"])
       (1.245, 199)
     """
+    found = unrefined_gram_diagonal(params, spec)
+    return found._replace(exponent=jax.tree.map(_shown, found.exponent))
+
+
+def unrefined_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
+    """:func:`scaled_gram_diagonal`, where leaves of zeros have the exponent ``ZERO``."""
     lifting = _lifting(params, spec, 2)
     found = _with_repeated(params, spec, lifting) if lifting.repeated else lifting.derivatives()
     full = [
         _zeros(leaf.shape, lifting.dtype) if part is None else part
         for leaf, part in zip(spec.leaves, found, strict=True)
     ]
-    exponents = [_shown(part.exponent) for part in full]
     return ScaledDiagonal(
         jax.tree.unflatten(spec.treedef, [part.mantissa for part in full]),
-        jax.tree.unflatten(spec.treedef, exponents),
+        jax.tree.unflatten(spec.treedef, [part.exponent for part in full]),
     )
 
 

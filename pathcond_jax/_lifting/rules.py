@@ -6,6 +6,7 @@ products and sums, joining and writing, contractions, loops. Activations have a 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,31 @@ SUMS = frozenset(map(find, ("reduce_sum", "cumsum", "scatter-add")))
 # Functions linear in their arrays; calls of them with equal options compile once.
 
 
+# XLA compiles each product of a matrix and a vector, and all sums of one shape once.
+_FEW_PRODUCTS = 2**14
+
+
 def _bind(*values: jax.Array, primitive: Any, **params: Any) -> Any:
     return primitive.bind(*values, **params)
+
+
+def _summed(lhs: jax.Array, rhs: jax.Array, numbers: Any) -> jax.Array:
+    """The ``dot_general`` with these dimension numbers, as a sum of products."""
+    sides = [
+        (value, contracted, batch, [k for k in range(value.ndim) if k not in (*contracted, *batch)])
+        for value, contracted, batch in zip((lhs, rhs), *numbers, strict=True)
+    ]
+    left, right = (
+        jnp.transpose(value, (*batch, *free, *contracted))
+        for value, contracted, batch, free in sides
+    )
+    (_, _, batch, first), (_, _, _, second) = sides
+    start, middle = len(batch), len(batch) + len(first)
+    end = middle + len(second)
+    products = jnp.expand_dims(left, range(middle, end)) * jnp.expand_dims(
+        right, range(start, middle)
+    )
+    return products.sum(range(end, products.ndim))
 
 
 def _part(value: jax.Array, k: int, primitive: Any, **params: Any) -> jax.Array:
@@ -263,8 +287,19 @@ def _contraction(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[
         return lifting.made(node, coefficients)
     if len(signals_of(inputs)) == 2:
         raise unliftable(node, "multiplies two signals")
+    if node.primitive is find("dot_general") and _products(lifting, node) <= _FEW_PRODUCTS:
+        return [
+            lifting.multiplied(call(_summed, numbers=node.params["dimension_numbers"]), *inputs)
+        ]
     options = dict(node.params, precision=(lax.Precision.HIGHEST,) * 2, preferred_element_type=None)
     return [lifting.multiplied(call(_bind, primitive=node.primitive, **options), *inputs)]
+
+
+def _products(lifting: Lifting, node: Node) -> int:
+    """How many products a ``dot_general`` sums up."""
+    lhs, (made,) = lifting.avals[node.inputs[0]], node.outputs
+    (contracted, _), _ = node.params["dimension_numbers"]
+    return math.prod((lifting.avals[made].size, *(lhs.shape[k] for k in contracted)))
 
 
 @rule("scan", reads=SCAN_PARAMETERS)

@@ -28,7 +28,7 @@ from pathcond_jax._solve import flat_objective, stacks
 from pathcond_jax._solve.block import colors
 from pathcond_jax._solve.flat_objective import Box, Problem, Run
 from pathcond_jax._solve.newton import newton
-from pathcond_jax._solve.objective import Ranges
+from pathcond_jax._solve.objective import LogSum, Ranges
 from pathcond_jax._solve.stacks import Masses, Table
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.log_scales import concatenated
@@ -45,6 +45,30 @@ _Side = tuple[tuple[float | jax.Array, jax.Array], ...]
 
 class RangeProblem(NamedTuple):
     """``(1 − α) log out = α log in`` over a box, for the flat vector of all neurons.
+
+    Attributes:
+      term: the largest absolute weights, stacked.
+      given: as in :class:`Balance`.
+      alpha: α.
+      box: where z may be.
+    """
+
+    term: LogSum
+    given: jax.Array | None
+    alpha: jax.Array
+    box: Box
+
+    def balance(self, start: jax.Array) -> "Balance":
+        """The problem with equilibrated masses, of which there are none until ``start`` is known.
+
+        What finds the start holds masses of its own: three arrays of their size are one too many.
+        """
+        masses = stacks.equilibrate(self.term, self.box.finite & jnp.isfinite(start).all())
+        return Balance(masses, self.given, self.alpha, self.box)
+
+
+class Balance(NamedTuple):
+    """The ranges at any log-scales.
 
     Attributes:
       masses: the equilibrated largest absolute weights.
@@ -114,7 +138,7 @@ def make(ranges: Ranges, spec: ArchSpec, limit: jax.Array) -> RangeProblem:
     alive = jnp.broadcast_to(finite, (table.size,))
     box = Box(alive, jnp.asarray(limit).astype(dtype), finite)
     alpha = jnp.asarray(ranges.alpha, dtype)
-    return RangeProblem(stacks.equilibrate(term, finite), given, alpha, box)
+    return RangeProblem(term, given, alpha, box)
 
 
 def start(problem: RangeProblem, spec: ArchSpec, z: jax.Array) -> jax.Array:
@@ -124,9 +148,8 @@ def start(problem: RangeProblem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     table, box = stacks.table(spec), problem.box
     one, nothing = jnp.ones((1,), z.dtype), jnp.zeros_like(z)
     furthest = 0.45 * float(np.log(jnp.finfo(z.dtype).max))
-    masses = Masses(
-        tuple(values**_NORM for values in problem.masses.values), _NORM * problem.masses.logs
-    )
+    ranges = stacks.equilibrate(problem.term, box.finite)
+    masses = Masses(tuple(values**_NORM for values in ranges.values), _NORM * ranges.logs)
     norm = Problem(
         weights=one,
         exponents=-_NORM * one,
@@ -144,7 +167,7 @@ def start(problem: RangeProblem, spec: ArchSpec, z: jax.Array) -> jax.Array:
 
 def largest_gap(problem: RangeProblem, table: Table, z: jax.Array) -> jax.Array:
     """How far the ranges of any neuron are from agreeing."""
-    return jnp.abs(problem.gaps(table, z)).max()
+    return jnp.abs(problem.balance(z).gaps(table, z)).max()
 
 
 def fixed_point(
@@ -156,16 +179,17 @@ def fixed_point(
     the largest gap that is left and its gradient norm the Euclidean norm of the gaps; nothing
     bounds the suboptimality, since nothing is minimized.
     """
-    table, sets = stacks.table(spec), colors(spec)
+    table, sets, balance = stacks.table(spec), colors(spec), problem.balance(z)
+    before = jnp.abs(balance.gaps(table, jnp.zeros_like(z))).max()
 
     def sweep(state: tuple) -> tuple:
-        before, _, step = state
-        z = before
+        last, _, step = state
+        z = last
         for mask, joined in zip(*sets, strict=True):
             # Where neurons of a color meet on an edge, whole steps could go back and forth.
             length = 0.5 if joined else 1.0
-            z = problem.box.clip(jnp.where(mask, z + length * problem.steps(table, z), z))
-        return z, jnp.abs(z - before).max(), step + 1
+            z = problem.box.clip(jnp.where(mask, z + length * balance.steps(table, z), z))
+        return z, jnp.abs(z - last).max(), step + 1
 
     infinity = jnp.full((), jnp.inf, z.dtype)
     z, moved, steps = lax.while_loop(
@@ -173,10 +197,10 @@ def fixed_point(
         sweep,
         (z, infinity, jnp.zeros((), jnp.int32)),
     )
-    left = problem.gaps(table, z)
+    left = balance.gaps(table, z)
     products = 1 + len(sets.mask) * steps
     largest, norm = jnp.abs(left).max(), jnp.linalg.norm(left)
-    return Run(z, steps, products, moved <= tol, infinity, largest, norm)
+    return Run(z, steps, products, moved <= tol, infinity, largest, norm, before)
 
 
 def _log_ranges(masses: Masses, table: Table, z: jax.Array) -> tuple[jax.Array, ...]:

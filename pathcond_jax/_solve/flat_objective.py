@@ -87,7 +87,7 @@ class Run(NamedTuple):
       suboptimality: an upper bound of F(z) − min F.
       value: F(z).
       gradient_norm: the norm of its gradient, projected on the box.
-      before: F where the method started; None: it does not know.
+      before: F at log-scales 0, if that is where it was to start; None: it does not know.
     """
 
     z: jax.Array

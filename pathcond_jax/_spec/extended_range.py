@@ -108,7 +108,8 @@ def powered(value: jax.Array, order: int, dtype: Any, keep_zero: bool = False) -
     size = abs(value.astype(dtype))
     if not size.size:
         return Scaled(size, jnp.zeros((), jnp.int32))
-    top = exponent_of(size.max())
+    # As :func:`largest` has it: where both are asked for, XLA computes it once.
+    top = exponent_of(_top(value.astype(dtype)))
     known = jnp.where(top > ZERO, top, 0)
     mantissa = times_power_of_two(size, -known) ** order
     return Scaled(mantissa, known * order if keep_zero else jnp.where(top > ZERO, top * order, top))

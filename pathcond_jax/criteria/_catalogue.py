@@ -48,7 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._lifting.gram import scaled_gram_diagonal
+from pathcond_jax._lifting.gram import unrefined_gram_diagonal
 from pathcond_jax._program import roles
 from pathcond_jax._solve.layout import layout
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
@@ -82,7 +82,7 @@ def path() -> Criterion:
     """
 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
-        return path_objective(spec, scaled_gram_diagonal(params, spec))
+        return path_objective(spec, unrefined_gram_diagonal(params, spec))
 
     return Balance("path", objective)
 
