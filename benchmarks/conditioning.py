@@ -187,12 +187,25 @@ def _load(model: Any, variables: Any) -> None:
                 parameter.copy_(torch.from_numpy(queue.pop(0).copy()))
 
 
-def deep(depth: int, width: int = 8) -> float:
-    """The seconds that tracing and compiling ``condition`` take for an MLP of many layers."""
+def deep(depth: int, width: int = 8) -> str:
+    """What compiling ``condition`` takes for an MLP of many layers, beside a training step."""
     network = Network(MLP((width,) * depth, width), (width,))
     apply, variables = prepared(network)
     spec = pathcond.trace_spec(apply, variables, jnp.ones((1, width)))
-    return compiled(lambda v: pathcond.condition(v, spec), variables)[1]
+    calls = {
+        "training step": (train_step(network), jnp.ones((128, width)), jnp.zeros(128, jnp.int32)),
+        "Gram diagonal": (lambda v: pathcond.scaled_gram_diagonal(v, spec),),
+        "condition": (lambda v: pathcond.condition(v, spec),),
+    }
+    found = []
+    for name, (fun, *data) in calls.items():
+        lowered = jax.jit(fun).lower(variables, *data)
+        start = time.process_time()
+        text = lowered.compile().as_text()
+        taken = time.process_time() - start
+        kernels = text.count(" fusion(") + text.count(" dot(")
+        found.append(f"{name} {taken:.1f} s, {kernels} kernels")
+    return "; ".join(found)
 
 
 def main() -> None:
@@ -204,7 +217,7 @@ def main() -> None:
     parser.add_argument("--depths", nargs="*", type=int, default=[], help="of MLPs to compile")
     options = parser.parse_args()
     for depth in options.depths:
-        print(f"condition compiles in {deep(depth):.1f} s at depth {depth}", flush=True)
+        print(f"processor time to compile at depth {depth}: {deep(depth)}", flush=True)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, median of {options.repeats}")
     rows = {}
     for name in options.networks:

@@ -1,6 +1,7 @@
 """Exact minimization over whole groups at once."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,9 @@ from pathcond_jax._solve.flat_objective import Problem, Run, Sums
 from pathcond_jax._solve.one_neuron import Neurons, log_masses, log_x, neurons_at
 from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.spec import ArchSpec
+
+ColorStep = Callable[[Problem, Table, "Color", jax.Array, Sums], jax.Array]
+"""To the minimum over one color: ``(problem, table, color, z, sums)`` to z."""
 
 
 class Color(NamedTuple):
@@ -126,6 +130,19 @@ def block_step(problem: Problem, table: Table, color: Color, z: jax.Array, sums:
     rest = _untouched(table, moving, jnp.exp(sums.positions))
     rest = jnp.where(color.joined, jnp.maximum(2 - mass, 0), rest)
     moved = _together(neurons, rest, table.powers)
+    return problem.box.clip(z + moved / (factor * problem.exponents[0]))
+
+
+def level_step(problem: Problem, table: Table, color: Color, z: jax.Array, sums: Sums) -> jax.Array:
+    """:func:`block_step` where F has no linear part.
+
+    The minimum over a neuron does not depend on S then, so that there is no equation to solve: a
+    fraction of the program.
+    """
+    moving, factor = problem.box.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
+    neurons = neurons_at(problem, sums.met, z, powers=table.powers)
+    neurons = neurons._replace(alive=moving, low=factor * neurons.low, high=factor * neurons.high)
+    moved = log_x(neurons, jnp.zeros((), z.dtype), table.powers)
     return problem.box.clip(z + moved / (factor * problem.exponents[0]))
 
 

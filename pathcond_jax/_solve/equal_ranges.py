@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
-from pathcond_jax._solve.block import colors
+from pathcond_jax._solve.block import colors, level_step
 from pathcond_jax._solve.flat_objective import Box, Problem, Run
 from pathcond_jax._solve.newton import newton
 from pathcond_jax._solve.objective import LogSum, Ranges
@@ -161,7 +161,8 @@ def start(problem: RangeProblem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     )
     norm = flat_objective.tilted(norm, table, nothing)
     # As exactly as rounding allows: what is left of a difference here stays.
-    run = newton(norm, spec, z, jnp.asarray(_NEWTON_STEPS, jnp.int32), jnp.zeros((), z.dtype))
+    steps, tol = jnp.asarray(_NEWTON_STEPS, jnp.int32), jnp.zeros((), z.dtype)
+    run = newton(norm, spec, z, steps, tol, level_step)
     return run.z
 
 
