@@ -77,7 +77,8 @@ def loss_axis(axes: Axes) -> None:
     """A vertical axis of losses, logarithmic, at least over a factor of 1.5."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, high / 1.5), high)
+    middle = (low * high) ** 0.5
+    axes.set_ylim(min(low, middle / 1.5**0.5), max(high, middle * 1.5**0.5))
     _plain_ticks(axes, "{:g}")
 
 

@@ -41,7 +41,7 @@ def tasks(options: Options) -> list[Task]:
         **SIZES[options.dataset],
     }
     if options.quick:
-        sizes |= {"widths": [4, 6, 8], "num_epochs": 3, "num_seeds": 2, "methods": list(QUICK)}
+        sizes |= {"widths": [4, 6, 8], "num_epochs": 12, "num_seeds": 2, "methods": list(QUICK)}
         sizes |= {"learning_rates": [0.1], "threshold": 0.3, "subset": 256}
     sizes |= options.sizes
     names = chosen_methods(sizes.pop("methods"), published.WAYS)

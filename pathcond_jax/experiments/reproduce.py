@@ -32,10 +32,10 @@ from pathcond_jax.experiments.study import (
 # A name is also the module's name in this package; the line says what it shows.
 STUDIES = {
     "figure1": "one neuron, three starts: losses and trajectories",
-    "figure2": "how many epochs deep MLPs take (CIFAR-10 or digits)",
-    "figure3": "a fully convolutional network, with and without BatchNorm (CIFAR-10 or digits)",
+    "figure2": "how many epochs deep MLPs take, by learning rate (CIFAR-10, Fashion-MNIST, digits)",
+    "figure3": "a fully convolutional network, with and without BatchNorm (the same data)",
     "figure4": "unequal widths and the size of the log-scales",
-    "figure5": "autoencoders of growing compression (MNIST or digits)",
+    "figure5": "autoencoders of growing compression (MNIST, Fashion-MNIST or digits)",
     "moons": "small MLPs on two moons",
     "timing": "what conditioning costs",
     "helps": "whether conditioning helps, at every method's own best learning rate",
