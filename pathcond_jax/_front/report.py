@@ -12,6 +12,7 @@ from pathcond_jax._lifting.gram import conditioning_score
 from pathcond_jax._lifting.values import NotPathLiftableError
 from pathcond_jax._solve.solution import Status
 from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree
@@ -32,6 +33,7 @@ class Representative(NamedTuple):
       conserved: smallest and largest ``‖out‖² − ‖in‖²`` of each group.
       norms: Euclidean norm of each trainable leaf.
       ranges: largest absolute entry of each trainable leaf.
+      figures: what the compared criteria say about it, such as the predicted quantization noise.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Representative(NamedTuple):
     conserved: Mapping[str, tuple[float, float]]
     norms: Mapping[str, float]
     ranges: Mapping[str, float]
+    figures: Mapping[str, float]
 
 
 class Report(NamedTuple):
@@ -66,7 +69,8 @@ def report(
       params: the parameters the spec was built for.
       spec: the architecture.
       criteria: names or criteria. The path criterion is left out where a network has no path
-        lifting.
+        lifting. Beside the rows that all have, ``quantization_noise`` has one for the predicted
+        signal-to-noise ratio of every column.
 
     Returns:
       The report; print it.
@@ -92,7 +96,14 @@ def report(
         b/w                   2.83, 2    5.66, 4
     """
     match_leaves(spec, params)
-    columns = [_represent("as is", "", 0.0, params, spec)]
+    asked = [criterion for criterion in criteria if isinstance(criterion, Criterion)]
+
+    def said(log_scales: LogScales) -> dict[str, float]:
+        found = [criterion.figures(params, spec, log_scales) for criterion in asked]
+        return {name: value for figures in found for name, value in figures.items()}
+
+    still = tuple(jnp.zeros(group.size) for group in spec.groups)
+    columns = [_represent("as is", "", 0.0, params, spec, said(still))]
     for criterion in criteria:
         try:
             moved, solution = condition(params, spec, criterion)
@@ -100,12 +111,18 @@ def report(
             continue
         largest = max(float(jnp.abs(z).max(initial=0)) for z in solution.log_scales)
         status = Status(int(solution.status)).name
-        columns.append(_represent(str(criterion), status, largest, moved, spec))
+        figures = said(solution.log_scales)
+        columns.append(_represent(str(criterion), status, largest, moved, spec, figures))
     return Report(tuple(columns))
 
 
 def _represent(
-    name: str, status: str, largest: float, params: PyTree, spec: ArchSpec
+    name: str,
+    status: str,
+    largest: float,
+    params: PyTree,
+    spec: ArchSpec,
+    figures: Mapping[str, float],
 ) -> Representative:
     try:
         score = float(conditioning_score(params, spec))
@@ -133,6 +150,7 @@ def _represent(
         },
         norms=norms,
         ranges=ranges,
+        figures=figures,
     )
 
 
@@ -151,6 +169,7 @@ def _table(columns: Sequence[Representative]) -> str:
         ["largest |log λ|", *(_short(c.largest_log_scale) for c in columns)],
         ["conditioning score", *(_short(c.conditioning_score) for c in columns)],
         ["norm", *(_short(c.norm) for c in columns)],
+        *([name, *(_short(c.figures[name]) for c in columns)] for name in first.figures),
         ["‖out‖² − ‖in‖²"],
         *(
             [f"  {group}", *(" … ".join(map(_short, c.conserved[group])) for c in columns)]

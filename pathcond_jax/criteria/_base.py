@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,19 @@ class Criterion(abc.ABC):
             max_log_scale=max_log_scale,
             initial=initial,
         )
+
+    def figures(self, params: PyTree, spec: ArchSpec, log_scales: LogScales) -> Mapping[str, float]:
+        """What this criterion can say about a representative, for :func:`pathcond_jax.report`.
+
+        Args:
+          params: the parameters that the criterion is for.
+          spec: the architecture.
+          log_scales: of the representative, as seen from ``params``.
+
+        Returns:
+          Numbers, by what they are; none, unless a criterion has some.
+        """
+        return {}
 
     def __add__(self, other: Any) -> "Criterion":
         if not isinstance(self, Balance) or not isinstance(other, Balance):

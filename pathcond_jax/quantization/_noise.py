@@ -10,7 +10,7 @@ logarithm of the whole is smooth and convex.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,10 +20,12 @@ import numpy as np
 from pathcond_jax._solve.objective import Goal, LogSum, Objective, reduce_masses
 from pathcond_jax._solve.products import Products, smooth
 from pathcond_jax._spec.arrays import widened
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
 from pathcond_jax.criteria._base import Criterion
+from pathcond_jax.quantization._prediction import predicted_noise
 from pathcond_jax.quantization._rounding import Rounding, rounding_of, scheme_from
 from pathcond_jax.quantization._schemes import (
     VARIANCE,
@@ -73,6 +75,11 @@ class QuantizationNoise(Criterion):
         norm = LogSum(self.norm_weight, -2.0, *masses)
         nothing = tuple(np.zeros(group.size) for group in spec.groups)
         return Objective((norm,), nothing, (smooth(products),))
+
+    def figures(self, params: PyTree, spec: ArchSpec, log_scales: LogScales) -> Mapping[str, float]:
+        """The predicted signal-to-noise ratio of the outputs; see :class:`Criterion`."""
+        noise = predicted_noise(params, spec, self.statistics, self.scheme, log_scales=log_scales)
+        return {f"predicted dB, {self.scheme}": float(noise.decibel)}
 
 
 def quantization_noise(

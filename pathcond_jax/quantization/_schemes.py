@@ -37,6 +37,17 @@ class Scheme:
         if self.weight_bits is None and self.activation_bits is None:
             raise SpecError("neither weight_bits nor activation_bits: nothing is rounded")
 
+    def __str__(self) -> str:
+        """Such as ``"W8A8 per channel"``; ``*`` for bits that differ from kernel to kernel."""
+        letters = (("W", self.weight_bits), ("A", self.activation_bits))
+        bits = [
+            f"{letter}{bits if isinstance(bits, int) else '*'}"
+            for letter, bits in letters
+            if bits is not None
+        ]
+        shared = self.granularity if isinstance(self.granularity, str) else f"{self.granularity}"
+        return f"{''.join(bits)} per {shared}"
+
 
 # Weights are always on a symmetric grid. Where an engine finds ranges of activations while it
 # runs, those of the calibration stand for them.

@@ -182,3 +182,17 @@ def test_every_scheme_has_a_prediction():
     found = {name: predicted_noise(params, spec, statistics, name) for name in SCHEMES}
     assert all(float(noise.decibel) > 0 for noise in found.values())
     assert float(found["int4_weights"].decibel) < float(found["int8_weights"].decibel)
+
+
+def test_the_report_says_what_noise_is_predicted_for_every_column():
+    params, x, spec = made(depthwise)
+    statistics = calibrated(depthwise, params, x, spec)
+    noise = quantization_noise(statistics, Scheme(4, 8, "channel"))
+    as_is, enorm, chosen = pathcond.report(params, spec, ["enorm", noise]).columns
+    name = "predicted dB, W4A8 per channel"
+    assert list(as_is.figures) == list(enorm.figures) == list(chosen.figures) == [name]
+    assert chosen.figures[name] > max(as_is.figures[name], enorm.figures[name])
+    before = predicted_noise(params, spec, statistics, Scheme(4, 8, "channel"))
+    assert as_is.figures[name] == pytest.approx(float(before.decibel), abs=1e-3)
+    assert name in str(pathcond.report(params, spec, [noise]))
+    assert str(Scheme({"a": 4, "b": 8}, None, 32)) == "W* per 32"
