@@ -114,7 +114,7 @@ def studies(quick: bool = False) -> tuple[Study, ...]:
     if not quick:
         return both
     return tuple(
-        dataclasses.replace(study, num_seeds=1, num_epochs=16, learning_rates=(0.1,))
+        dataclasses.replace(study, num_seeds=1, num_epochs=15, learning_rates=(0.1,))
         for study in both
     )
 
