@@ -283,19 +283,20 @@ def _window(scope: Scope, scale: Scale) -> list[Terms]:
 
 
 @rule("reduce_window", reads=(*_WINDOW, "jaxpr"), requires={"consts": ()})
-def _window_by(scope: Scope, scale: Scale, start: Scale) -> list[Terms]:
-    """Windows reduced by a program, from a value of the same scale."""
+def _window_by(scope: Scope, *scales: Scale) -> list[Terms]:
+    """Windows reduced by a program, from values of the same scale."""
+    values, starts = scales[: len(scales) // 2], scales[len(scales) // 2 :]
     if _multiplies(scope):
-        product = product_rules.product_of_windows(scope, scale)
+        product = product_rules.product_of_windows(scope, values[0])
         if product is None:
-            return pin(scope, scale, start)
-        scope.pin(start)
+            return pin(scope, *scales)
+        scope.pin(*starts)
         return [product]
     (body,) = scope.node.bodies
-    if not keeps_scale(scope.analysis, body, scaled=2):
-        return pin(scope, scale, start, because=_UNUSUAL)
-    (terms,) = _window(scope, scale)
-    return [_started(scope, [Scale(terms, scale.signal)], [start])]
+    if not keeps_scale(scope.analysis, body, scaled=len(scales)):
+        return pin(scope, *scales, because=_UNUSUAL)
+    reduced = [Scale(_window(scope, scale)[0], scale.signal) for scale in values]
+    return [_started(scope, reduced, starts)] * len(values)
 
 
 def _place(terms: Iterable[Term], axes: Sequence[int], ndim: int) -> list[Term]:

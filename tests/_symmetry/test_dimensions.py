@@ -200,6 +200,23 @@ def windows_of(start, operation, padding="VALID"):
     return windows
 
 
+def two_windows(start):
+    """Sums of windows and, beside them, the largest value, of which one is read."""
+
+    def windows(h, params):
+        total, largest = jax.lax.reduce_window(
+            (h, h),
+            (start, np.float64(0.0)),
+            lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])),
+            (2, 1),
+            (1, 1),
+            "VALID",
+        )
+        return total - largest
+
+    return windows
+
+
 def constant(value):
     return lambda params, h: np.float64(value)
 
@@ -262,6 +279,8 @@ REDUCTIONS = {
     "windows summed from one": (windows_of(constant(1.0), jax.lax.add), 0),
     "windows summed from an entry": (windows_of(of_the_signal, jax.lax.add), 1),
     "windows summed with weights": (windows_of(constant(0.0), lambda a, b: a + 2.0 * b), 4),
+    "two windows at once": (two_windows(np.float64(0.0)), 4),
+    "two windows at once from one": (two_windows(np.float64(1.0)), 0),
     "windows of another program": (windows_of(constant(0.0), lambda a, b: a + jnp.tanh(b)), 0),
     "a composite": (jax.lax.composite(lambda h, p: 2 * h, "test.doubled", version=1), 4),
 }
