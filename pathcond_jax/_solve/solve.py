@@ -174,16 +174,19 @@ def solve(
     # Numbers are arguments of the compiled function, so that changing them compiles nothing. The
     # dtype, and with it the default tolerance, is known only inside.
     steps, tol = _nonnegative("max_steps", max_steps), _nonnegative("tol", tol)
-    return _solve(
-        _stacked(goal, spec),
-        _checked_initial(initial, spec),
-        chosen.max_steps if steps is None else int(steps),
-        chosen.tol if tol is None else dict.fromkeys(chosen.tol, float(tol)),
-        chosen.limit(spec) if limit is None else float(limit),
-        limit is not None,
-        spec=spec.symmetry,
-        method=name,
-    )
+    # Accelerators round the operands of products to fewer digits unless they are told not to, and
+    # with those no gradient comes below the tolerance.
+    with jax.default_matmul_precision("highest"):
+        return _solve(
+            _stacked(goal, spec),
+            _checked_initial(initial, spec),
+            chosen.max_steps if steps is None else int(steps),
+            chosen.tol if tol is None else dict.fromkeys(chosen.tol, float(tol)),
+            chosen.limit(spec) if limit is None else float(limit),
+            limit is not None,
+            spec=spec.symmetry,
+            method=name,
+        )
 
 
 def _stacked(goal: Goal, spec: ArchSpec) -> Goal:

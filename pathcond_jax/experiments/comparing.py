@@ -266,19 +266,22 @@ VERDICTS: dict[str, Callable[[Factor], bool]] = {
 
 
 def _explained(network: str, ways: Ways) -> list[str]:
-    """How the rescaling compares with one number for each layer."""
-    rescaled = ways.get(published.PUBLISHED, ways.get(published.OPTIMUM))
+    """How each rescaling compares with one number for each layer."""
+    published_or_optimum = published.PUBLISHED if published.PUBLISHED in ways else published.OPTIMUM
+    pairs = (
+        (published_or_optimum, published.MATCHED),
+        (published_or_optimum, published.OUTPUT),
+        (published.OPTIMUM, published.MATCHED_OPTIMUM),
+    )
     sentences = []
-    for name in (published.MATCHED, published.OUTPUT):
-        if rescaled is None or name not in ways:
+    for rescaled, control in pairs:
+        if rescaled not in ways or control not in ways:
             continue
-        found = [factor(by_seed) for by_seed in speeds(rescaled, ways[name])]
-        shown = "; ".join(
-            f"{one} at {rate:g}"
-            for rate, one in zip(rescaled.settings["learning_rates"], found, strict=True)
-        )
+        rates = ways[rescaled].settings["learning_rates"]
+        found = [factor(by_seed) for by_seed in speeds(ways[rescaled], ways[control])]
+        shown = "; ".join(f"{one} at {rate:g}" for one, rate in zip(found, rates, strict=True))
         sentences.append(
-            f"{network}: {rescaled.settings['method']!r} is so many times as fast as {name!r}, "
+            f"{network}: {rescaled!r} is so many times as fast as {control!r}, "
             f"where no neuron is treated apart: {shown}."
         )
     return sentences

@@ -13,7 +13,11 @@ DATASETS = ("cifar10", "fashion_mnist", "mnist", "digits")
 
 PLAIN, NORMED = "without BatchNorm", "with BatchNorm"
 WAYS = {
-    PLAIN: tuple(name for name in published.WAYS if name != published.PUBLISHED),
+    PLAIN: tuple(
+        name
+        for name in published.WAYS
+        if name not in (published.PUBLISHED, published.MATCHED_OPTIMUM)
+    ),
     NORMED: tuple(published.WAYS),
 }
 QUICK = (published.NONE, published.OPTIMUM, published.PUBLISHED, published.MATCHED)

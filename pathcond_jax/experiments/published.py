@@ -24,6 +24,7 @@ PyTree = Any
 NONE, TEN_SWEEPS, OPTIMUM = methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM
 ENORM, PUBLISHED = "enorm every step", "as published"
 MATCHED, OUTPUT = "matched", "matched, output only"
+MATCHED_OPTIMUM = "matched to optimum"
 
 
 class Network(NamedTuple):
@@ -108,6 +109,17 @@ def matched(params: PyTree, network: Network) -> Start:
     That is the network as published with BatchNorm, and the optimum without.
     """
     reference = as_published if network.normalized else WAYS[OPTIMUM].start
+    return _matched_to(reference, params, network)
+
+
+def matched_to_optimum(params: PyTree, network: Network) -> Start:
+    """As ``matched``, with the norms of the optimum, which keeps the function."""
+    return _matched_to(WAYS[OPTIMUM].start, params, network)
+
+
+def _matched_to(
+    reference: Callable[[PyTree, Network], Start], params: PyTree, network: Network
+) -> Start:
     ratios = norm_ratios(params, reference(params, network).params)
     scaled = jax.tree.map(
         lambda leaf, ratio: leaf * ratio.reshape(-1, *[1] * (leaf.ndim - 1)),
@@ -132,6 +144,7 @@ WAYS = {
     PUBLISHED: Way(as_published, sgd),
     MATCHED: Way(matched, sgd),
     OUTPUT: Way(output_matched, sgd),
+    MATCHED_OPTIMUM: Way(matched_to_optimum, sgd),
 }
 
 

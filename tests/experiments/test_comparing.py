@@ -76,9 +76,14 @@ def test_as_published_changes_a_normalized_network_alone(networks):
 @pytest.mark.parametrize("normed", [False, True])
 def test_matched_norms_without_a_neuron_apart(networks, normed):
     network, params = networks[normed]
-    reference = published.PUBLISHED if normed else published.OPTIMUM
-    wanted = published.WAYS[reference].start(params, network).params["params"]
-    for name in (published.MATCHED, published.OUTPUT):
+    rescaled = published.PUBLISHED if normed else published.OPTIMUM
+    references = {
+        published.MATCHED: rescaled,
+        published.OUTPUT: rescaled,
+        published.MATCHED_OPTIMUM: published.OPTIMUM,
+    }
+    for name, reference in references.items():
+        wanted = published.WAYS[reference].start(params, network).params["params"]
         start = published.WAYS[name].start(params, network).params["params"]
         for layer in ("Dense_0", "Dense_1", "Dense_2"):
             old, new, target = (
