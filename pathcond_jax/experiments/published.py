@@ -252,7 +252,9 @@ def change(before: PyTree, after: PyTree, problem: methods.Problem) -> np.ndarra
             old, new = (problem.train_apply_fn(params, inputs)[0] for params in (before, after))
         return jnp.linalg.norm(new - old) / jnp.linalg.norm(old)
 
-    return np.asarray(distance(before, after))
+    # The default of accelerators would show their rounding of products.
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(distance(before, after))
 
 
 def norm_ratios(before: PyTree, after: PyTree) -> PyTree:
