@@ -23,7 +23,7 @@ PyTree = Any
 
 NONE, TEN_SWEEPS, OPTIMUM = methods.NONE, methods.TEN_SWEEPS, methods.OPTIMUM
 ENORM, PUBLISHED = "enorm every step", "as published"
-MATCHED, OUTPUT = "matched", "matched, output only"
+MATCHED, OUTPUT = "matched", "output matched"
 MATCHED_OPTIMUM = "matched to optimum"
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pathcond_jax.experiments import comparing, models, published
+from pathcond_jax.experiments.sizes import SIZES
 from pathcond_jax.experiments.study import Context, Result
 
 WIDTH, SEEDS = 6, 2
@@ -187,3 +188,7 @@ def test_report_says_where_a_method_is_faster():
     )
     ticks = [t.get_text() for t in report.figures[""].axes[0].get_yticklabels()]
     assert "> 4" in ticks
+
+
+def test_every_way_can_be_chosen_on_the_command_line():
+    assert SIZES["methods"].read(",".join(published.WAYS)) == list(published.WAYS)
