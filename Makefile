@@ -125,7 +125,7 @@ bench: $(VENV)/installed  ## measure speed and memory; ARGS="--reference DIR" ti
 	$(VENV)/bin/python benchmarks/conditioning.py --json build/conditioning.json $(ARGS)
 	$(VENV)/bin/python benchmarks/lifting.py --json build/lifting.json
 	$(VENV)/bin/python benchmarks/transformers.py --json build/transformers.json
-	$(VENV)/bin/python benchmarks/tracing.py
+	$(VENV)/bin/python benchmarks/tracing.py --json build/tracing.json
 	$(VENV)/bin/python benchmarks/gating.py
 
 clean:  ## remove everything that make made

@@ -1,10 +1,13 @@
 """Time and memory of tracing networks from shapes: one fresh process per network.
 
-Run ``python benchmarks/tracing.py`` from the repository; name networks to choose: those of
-published size in the zoo of the tests, those of ``benchmarks/transformers.py``, and
-``llama-32x4096``, which reads 2048 tokens.
+    python benchmarks/tracing.py [NETWORK ...] [--json FILE]
+
+Networks: those of published size in the zoo of the tests, those of ``benchmarks/transformers.py``,
+and ``llama-32x4096``, which reads 2048 tokens.
 """
 
+import argparse
+import json
 import multiprocessing
 import resource
 import sys
@@ -52,22 +55,39 @@ def measure(name, results):
     wall, cpu = time.perf_counter(), time.process_time()
     spec = pathcond.trace_spec(apply_fn, params, x)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    results.put((spec.num_parameters, spec.num_neurons, wall, cpu, memory))
+    results.put(
+        {
+            "parameters": spec.num_parameters,
+            "neurons": spec.num_neurons,
+            "wall, s": wall,
+            "processor time, s": cpu,
+            "peak, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        }
+    )
 
 
 def main():
-    context = multiprocessing.get_context("spawn")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    context, rows = multiprocessing.get_context("spawn"), {}
     print("network               parameters   neurons  wall [s]  CPU [s]  peak RSS [GB]")
-    for name in sys.argv[1:] or NETWORKS:
+    for name in options.networks:
         results = context.SimpleQueue()
         process = context.Process(target=measure, args=(name, results))
         process.start()
         process.join()
         if process.exitcode:
             sys.exit(process.exitcode)
-        parameters, neurons, wall, cpu, memory = results.get()
-        print(f"{name:19} {parameters:13,} {neurons:9,} {wall:9.1f} {cpu:8.1f} {memory:14.2f}")
+        rows[name] = results.get()
+        parameters, neurons, wall, cpu, memory = rows[name].values()
+        print(
+            f"{name:19} {parameters:13,} {neurons:9,} {wall:9.1f} {cpu:8.1f} {memory:14.2f}",
+            flush=True,
+        )
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
