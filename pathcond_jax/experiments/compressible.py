@@ -45,15 +45,15 @@ class InvertedResidual(nn.Module):
     """The blocks of MobileNetV2: expansion, depthwise convolution, projection, and ReLU.
 
     Attributes:
-      width: of the stream.
+      widths: of the stream, stage by stage; all stages but the first halve the images.
       expansion: of the width within a block.
-      blocks: their number.
+      blocks: their number in each stage.
       stride: of the first convolution.
       convolution: what computes all of them; see :func:`convolve_by_shifts`.
       num_outputs: the size of the output.
     """
 
-    width: int = 12
+    widths: tuple[int, ...] = (12,)
     expansion: int = 4
     blocks: int = 4
     stride: int = 1
@@ -64,15 +64,18 @@ class InvertedResidual(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits (batch, num_outputs)."""
         conv = functools.partial(nn.Conv, use_bias=False, conv_general_dilated=self.convolution)
-        x = conv(self.width, (3, 3), strides=(self.stride, self.stride))(x)
+        x = conv(self.widths[0], (3, 3), strides=(self.stride, self.stride))(x)
         x = nn.relu(_normalized(x, train))
-        inside = self.width * self.expansion
-        for _ in range(self.blocks):
+        for block in range(self.blocks * len(self.widths)):
+            width = self.widths[block // self.blocks]
+            halved = block % self.blocks == 0 < block
+            inside, stride = x.shape[-1] * self.expansion, 2 if halved else 1
             y = nn.relu(_normalized(conv(inside, (1, 1))(x), train))
-            y = conv(inside, (3, 3), feature_group_count=inside)(y)
+            y = conv(inside, (3, 3), strides=(stride, stride), feature_group_count=inside)(y)
             y = nn.relu(_normalized(y, train))
-            x = x + _normalized(conv(self.width, (1, 1))(y), train)
-        x = nn.relu(_normalized(conv(inside, (1, 1))(x), train))
+            y = _normalized(conv(width, (1, 1))(y), train)
+            x = y if halved else x + y
+        x = nn.relu(_normalized(conv(x.shape[-1] * self.expansion, (1, 1))(x), train))
         return nn.Dense(self.num_outputs)(x.mean(axis=(1, 2)))
 
 

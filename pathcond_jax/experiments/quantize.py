@@ -1,10 +1,8 @@
 """Quantization: what rounding costs at each representative of a trained network.
 
-Every network is trained, its batch normalization folded, and its representatives are calibrated
-and rounded alike. Of Fashion-MNIST, a third is trained on, and images are halved by the first
-convolution of the deep networks. In the name of a scheme, t is one step size per kernel and c one
-per output channel, W the bits of weights and A those of activations, whose ranges are static, per
-tensor.
+Every network is trained, its batch normalization folded, and its representatives are rounded
+alike. In the name of a scheme, t is one step size per kernel and c one per output channel, W the
+bits of weights and A those of activations, whose ranges are static, per tensor.
 """
 
 import functools
@@ -14,13 +12,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 
 import pathcond_jax as pathcond
-from pathcond_jax.experiments import compressible, drawing, models, single, sources, training
+from pathcond_jax.experiments import drawing, recipes, sources, training
 from pathcond_jax.experiments.data import Dataset
-from pathcond_jax.experiments.study import Context, Options, Report, Result, Table, Task
+from pathcond_jax.experiments.study import (
+    Context,
+    Options,
+    Report,
+    Result,
+    Table,
+    Task,
+    chosen_methods,
+    chosen_networks,
+)
 from pathcond_jax.quantization import (
     Scheme,
     Statistics,
@@ -30,61 +36,14 @@ from pathcond_jax.quantization import (
     quantization_noise,
     simulate,
 )
+from pathcond_jax.quantization._prediction import rescaled
 
 SUMMARY = "what rounding to 8 to 2 bits costs at each representative of a trained network"
 DATASETS = ("digits", "fashion_mnist")
-
-
-class Recipe(NamedTuple):
-    """How a network is trained.
-
-    Attributes:
-      model: with BatchNorm or without.
-      training: what of it is different in training, the same function.
-      optimizer: by name.
-      num_epochs: by data set.
-      images: what of the model is different, by data set.
-    """
-
-    model: Any
-    training: dict[str, Any]
-    optimizer: str
-    num_epochs: dict[str, int]
-    images: dict[str, dict[str, Any]]
-
-
-def _momentum(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """With weight decay, which shrinks channels that are of no use behind BatchNorm."""
-    decay = optax.add_decayed_weights(1e-3, lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
-    return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
-
-
-def _adam(schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, weight_decay=1e-2)
-
-
-# Each with the learning rate that it starts from.
-OPTIMIZERS = {"momentum": (_momentum, 0.1), "adam": (_adam, 3e-3)}
-_HALVED = {"digits": {}, "fashion_mnist": {"stride": 2}}
-_AS_IS: dict[str, dict[str, Any]] = {"digits": {}, "fashion_mnist": {}}
-NETWORKS = {
-    "MobileNetV2-like": Recipe(
-        compressible.InvertedResidual(),
-        {"convolution": compressible.convolve_by_shifts},
-        "momentum",
-        {"digits": 30, "fashion_mnist": 5},
-        _HALVED,
-    ),
-    "ResNet": Recipe(
-        compressible.Residual(), {}, "momentum", {"digits": 30, "fashion_mnist": 5}, _HALVED
-    ),
-    "CNN": Recipe(models.CNN((16, 32, 32)), {}, "adam", {"digits": 40, "fashion_mnist": 3}, _AS_IS),
-    "transformer": Recipe(
-        compressible.Transformer(), {}, "adam", {"digits": 40, "fashion_mnist": 4}, _AS_IS
-    ),
+SIZES: dict[str, dict[str, Any]] = {
+    "digits": {"num_test": 400, "num_seeds": 3},
+    "fashion_mnist": {"num_test": 2000, "num_seeds": 3},
 }
-BATCH_SIZES = {"digits": 64, "fashion_mnist": 128}
-NUM_TRAIN = 20000
 SCHEMES = {
     "tW8": Scheme(8),
     "tW6": Scheme(6),
@@ -102,7 +61,8 @@ REPRESENTATIVES = ("trained", "unlucky", *CRITERIA, *NOISE)
 OWN = dict.fromkeys(SCHEMES, "noise tW") | {"cW4A4": "noise cWA", "tW8A8": "noise tWA"}
 # The bars of the criterion are for these.
 BARS = ("tW4", "tW3", "cW4A4", "tW8A8")
-UNLUCKY = 1.0
+# Of log-scales that are drawn at random.
+SPREADS = {"trained": 0.0, "unlucky": 1.0}
 NUM_CALIBRATION, DRAWS = 32, 32
 # Factors of all step sizes, over which accuracies and noises are averaged. Where entries fall
 # between grid points is luck: at 4 bits the noise of one rounding is often off by 2 dB.
@@ -111,24 +71,30 @@ STRETCHES = tuple(1 + 0.05 * k for k in range(7))
 
 def tasks(options: Options) -> list[Task]:
     """One task for each network and seed."""
-    networks, schemes, chosen = list(NETWORKS), list(SCHEMES), list(REPRESENTATIVES)
-    seeds, num_test = {"digits": 3, "fashion_mnist": 2}[options.dataset], 400
-    shortened = {}
+    sizes = {
+        "dataset": options.dataset,
+        "subset": None,
+        "networks": list(recipes.NETWORKS),
+        "methods": list(REPRESENTATIVES),
+        "schemes": list(SCHEMES),
+        **SIZES[options.dataset],
+    }
     if options.quick:
-        networks, schemes, seeds = ["CNN"], ["tW8A8", "tW3"], 1
-        chosen = ["trained", "unlucky", "equalize", "noise tW", "noise tWA"]
-        shortened = {"CNN": 8}
+        sizes |= {"networks": ["CNN"], "schemes": ["tW8A8", "tW3"], "num_seeds": 1}
+        sizes |= {"methods": ["trained", "unlucky", "equalize", "noise tW", "noise tWA"]}
+        sizes |= {"num_epochs": 8}
+    sizes |= options.sizes
+    networks = chosen_networks(sizes.pop("networks"), recipes.NETWORKS)
+    chosen = chosen_methods(sizes.pop("methods"), REPRESENTATIVES)
+    seeds = range(options.seed, options.seed + sizes.pop("num_seeds"))
     return [
         Task(
-            f"{name}, seed {seed}",
-            {"network": name, "seed": options.seed + seed, "dataset": options.dataset}
-            | {
-                "num_epochs": shortened.get(name, NETWORKS[name].num_epochs[options.dataset]),
-                "num_test": num_test,
-            }
-            | {"schemes": schemes, "representatives": chosen},
+            f"{name}, seed {seed - options.seed}",
+            {"network": name, "seed": seed, "representatives": chosen}
+            | {"num_epochs": recipes.NETWORKS[name].num_epochs[options.dataset]}
+            | sizes,
         )
-        for seed in range(seeds)
+        for seed in seeds
         for name in networks
     ]
 
@@ -149,33 +115,46 @@ class Folded(NamedTuple):
 
 def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
     """Trains one network, and rounds every representative in every way."""
-    data = single.subset(
-        sources.load(settings["dataset"], context.data_dir), NUM_TRAIN, settings["num_test"]
-    )
-    folded = _folded(data, **{key: settings[key] for key in _TRAINING})
+    data = sources.load(settings["dataset"], context.data_dir, subset=settings["subset"])
+    trained = recipes.trained(data, **{key: settings[key] for key in _TRAINING})
     context.advance(0.4)
-    rng = np.random.default_rng(settings["seed"])
-    chosen = rng.permutation(len(data.train_labels))[:NUM_CALIBRATION]
-    batches = [jnp.asarray(data.train_inputs[chosen])]
-    calibrated = functools.partial(
-        calibrate, folded.apply_fn, spec=folded.spec, batches=batches, draws=DRAWS
+    # The products of some accelerators round more than a change of representative does.
+    with jax.default_matmul_precision("highest"):
+        return _measurements(data, trained, settings, context)
+
+
+_TRAINING = ("network", "dataset", "seed", "num_epochs")
+
+
+def _measurements(
+    data: Dataset, trained: Any, settings: dict[str, Any], context: Context
+) -> dict[str, Any]:
+    """Accuracies and noises of all representatives of a trained network."""
+    images, labels = (
+        jnp.asarray(part[: settings["num_test"]]) for part in (data.test_inputs, data.test_labels)
     )
-    images, labels = jnp.asarray(data.test_inputs), jnp.asarray(data.test_labels)
-    logits = folded.apply_fn(folded.params, images)
+    folded = _folded(trained, images[:1], settings["network"], settings["dataset"])
+    rng = np.random.default_rng(settings["seed"])
+    rows = rng.permutation(len(data.train_labels))[:NUM_CALIBRATION]
+    batches = [jnp.asarray(data.train_inputs[rows])]
+    trained_statistics = calibrate(
+        folded.apply_fn, folded.params, folded.spec, batches, draws=DRAWS
+    )
+    logits = _logits(folded.apply_fn, folded.params, images)
     values: dict[str, Any] = {"float": float(training.accuracy(logits, labels))}
     for name in settings["representatives"]:
-        params = _representative(name, folded, calibrated, settings["seed"])
-        if params is None:
+        log_scales = _log_scales(name, folded, trained_statistics, settings["seed"])
+        if log_scales is None:
             continue
-        statistics = calibrated(params)
-        error = jnp.linalg.norm(folded.apply_fn(params, images) - logits)
+        params, statistics = _moved(folded.spec, folded.params, trained_statistics, log_scales)
+        error = jnp.linalg.norm(_logits(folded.apply_fn, params, images) - logits)
         values[f"{name}, changed"] = float(error / jnp.linalg.norm(logits))
         for scheme in settings["schemes"]:
             right, ratio = _measured(folded, scheme, params, statistics, images, labels, logits)
-            noise = predicted_noise(params, folded.spec, statistics, SCHEMES[scheme])
+            noise = _predicted(folded.spec, scheme, params, statistics)
             values[f"{name}, {scheme}, accuracy"] = right
             values[f"{name}, {scheme}, dB"] = ratio
-            values[f"{name}, {scheme}, predicted dB"] = float(noise.decibel)
+            values[f"{name}, {scheme}, predicted dB"] = float(noise)
         context.advance(0.6 / len(settings["representatives"]))
     return values
 
@@ -264,24 +243,30 @@ def _over_best(results: list[Result], scheme: str, what: str) -> float:
     return own - max(found.values())
 
 
-def _representative(
-    name: str, folded: Folded, calibrated: Callable[[Any], Statistics], seed: int
-) -> Any:
-    """The parameters of a representative; None where the criterion does not apply."""
+def _log_scales(
+    name: str, folded: Folded, statistics: Statistics, seed: int
+) -> pathcond.LogScales | None:
+    """Those of a representative; None where the criterion does not apply."""
     params, spec = folded.params, folded.spec
-    if name == "trained":
-        return params
-    if name == "unlucky":
+    if name in SPREADS:
         rng = np.random.default_rng(seed)
-        scales = (rng.normal(scale=UNLUCKY, size=g.size) for g in spec.groups)
-        return pathcond.rescale(params, spec, tuple(jnp.asarray(z, jnp.float32) for z in scales))
+        draws = (rng.normal(scale=SPREADS[name], size=g.size) for g in spec.groups)
+        return tuple(jnp.asarray(z, jnp.float32) for z in draws)
     criterion: Any = name
     if name in NOISE:
-        criterion = quantization_noise(calibrated(params), NOISE[name])
+        criterion = quantization_noise(statistics, NOISE[name])
     try:
-        return pathcond.condition(params, spec, criterion)[0]
+        return pathcond.condition(params, spec, criterion)[1].log_scales
     except pathcond.NotPathLiftableError:
         return None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moved(
+    spec: pathcond.ArchSpec, params: Any, statistics: Statistics, log_scales: pathcond.LogScales
+) -> tuple[Any, Statistics]:
+    """Another representative and its statistics, for which no data is needed."""
+    return pathcond.rescale(params, spec, log_scales), rescaled(statistics, spec, log_scales)
 
 
 def _measured(
@@ -306,6 +291,19 @@ def _measured(
     return float(np.mean(rights)), 10 * float(np.log10(power / np.mean(noises)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(apply_fn: Callable[..., Any], params: Any, images: jax.Array) -> jax.Array:
+    outputs: jax.Array = apply_fn(params, images)
+    return outputs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _predicted(
+    spec: pathcond.ArchSpec, scheme: str, params: Any, statistics: Statistics
+) -> jax.Array:
+    return predicted_noise(params, spec, statistics, SCHEMES[scheme]).decibel
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _rounded(
     apply_fn: Callable[..., Any],
@@ -321,46 +319,8 @@ def _rounded(
     return outputs
 
 
-_TRAINING = ("network", "dataset", "seed", "num_epochs")
-
-
-@functools.lru_cache(maxsize=8)
-def _model(network: str, dataset: str) -> Any:
-    """A network for one size of images, the same object at every call."""
-    recipe = NETWORKS[network]
-    return recipe.model.clone(**recipe.images[dataset])
-
-
-def _trained(data: Dataset, network: str, dataset: str, seed: int, num_epochs: int) -> Any:
-    """The variables of a network after training."""
-    recipe, batch_size = NETWORKS[network], BATCH_SIZES[dataset]
-    model = _model(network, dataset).clone(**recipe.training)
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.asarray(data.test_inputs[:1]))
-
-    def normalized(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        logits, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        return logits, {**variables, **updated}
-
-    def plain(variables: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        return model.apply(variables, x), variables
-
-    optimizer, start = OPTIMIZERS[recipe.optimizer]
-    schedule = single.decaying(start, single.num_steps(data, num_epochs, batch_size))
-    return single.fitted(
-        normalized if "batch_stats" in variables else plain,
-        optimizer(schedule),
-        data,
-        variables,
-        seed=seed,
-        num_epochs=num_epochs,
-        batch_size=batch_size,
-    )
-
-
-def _folded(data: Dataset, network: str, dataset: str, seed: int, num_epochs: int) -> Folded:
-    trained = _trained(data, network, dataset, seed, num_epochs)
-    apply_fn, image = _model(network, dataset).apply, jnp.asarray(data.test_inputs[:1])
-    params = trained
+def _folded(trained: Any, image: jax.Array, network: str, dataset: str) -> Folded:
+    apply_fn, params = recipes.model(network, dataset).apply, trained
     if "batch_stats" in trained:
         apply_fn, params = fold_batch_norm(apply_fn, trained, image)
     # What is folded does not depend on values: one function serves all seeds.

@@ -4,6 +4,7 @@ On CPU, XLA runs convolutions several times slower under ``vmap`` and within loo
 :func:`pathcond_jax.experiments.training.train` has them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,11 @@ from pathcond_jax.experiments import training
 from pathcond_jax.experiments.data import Dataset
 
 PyTree = Any
+TrainApplyFn = Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]
 
 
 def fitted(
-    train_apply_fn: Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]],
+    train_apply_fn: TrainApplyFn,
     optimizer: optax.GradientTransformation,
     data: Dataset,
     variables: PyTree,
@@ -30,6 +32,8 @@ def fitted(
     batch_size: int,
 ) -> PyTree:
     """Trains for classification.
+
+    The same function and optimizer are compiled once.
 
     Args:
       train_apply_fn: maps variables and inputs to logits and the variables with new statistics.
@@ -43,27 +47,37 @@ def fitted(
     Returns:
       The trained variables.
     """
-
-    def loss(variables: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree]:
-        logits, updated = train_apply_fn(variables, x)
-        return training.cross_entropy(logits, y), updated
-
-    @jax.jit
-    def step(
-        variables: PyTree, state: optax.OptState, x: jax.Array, y: jax.Array
-    ) -> tuple[PyTree, optax.OptState]:
-        gradients, updated = jax.grad(loss, has_aux=True)(variables, x, y)
-        updates, state = optimizer.update(gradients, state, variables)
-        return optax.apply_updates(updated, updates), state
-
-    inputs, labels = np.asarray(data.train_inputs), np.asarray(data.train_labels)
+    inputs, labels = jnp.asarray(data.train_inputs), jnp.asarray(data.train_labels)
     rng, steps = np.random.default_rng(seed), num_steps(data, 1, batch_size)
     state = jax.jit(optimizer.init)(variables)
     for _ in range(num_epochs):
         order = rng.permutation(len(labels))[: steps * batch_size]
         for rows in order.reshape(-1, batch_size):
-            variables, state = step(variables, state, inputs[rows], labels[rows])
+            variables, state = _step(
+                variables, state, inputs, labels, rows, train_apply_fn, optimizer
+            )
     return variables
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _step(
+    variables: PyTree,
+    state: optax.OptState,
+    inputs: jax.Array,
+    labels: jax.Array,
+    rows: np.ndarray,
+    train_apply_fn: TrainApplyFn,
+    optimizer: optax.GradientTransformation,
+) -> tuple[PyTree, optax.OptState]:
+    """One step on some rows of the training set."""
+
+    def loss(variables: PyTree) -> tuple[jax.Array, PyTree]:
+        logits, updated = train_apply_fn(variables, inputs[rows])
+        return training.cross_entropy(logits, labels[rows]), updated
+
+    gradients, updated = jax.grad(loss, has_aux=True)(variables)
+    updates, state = optimizer.update(gradients, state, variables)
+    return optax.apply_updates(updated, updates), state
 
 
 def num_steps(data: Dataset, num_epochs: int, batch_size: int) -> int:
@@ -74,14 +88,3 @@ def num_steps(data: Dataset, num_epochs: int, batch_size: int) -> int:
 def decaying(start: float, steps: int) -> Callable[[Any], jax.Array]:
     """A learning rate that falls from ``start`` to 0 along half a cosine."""
     return lambda count: start * 0.5 * (1 + jnp.cos(math.pi * count / steps))
-
-
-def subset(data: Dataset, num_train: int, num_test: int) -> Dataset:
-    """Some of the training examples, always the same, and the first of the test set."""
-    rows = np.random.default_rng(0).permutation(len(data.train_labels))[:num_train]
-    return Dataset(
-        train_inputs=data.train_inputs[rows],
-        train_labels=data.train_labels[rows],
-        test_inputs=data.test_inputs[:num_test],
-        test_labels=data.test_labels[:num_test],
-    )

@@ -33,6 +33,7 @@ SIZES = {
     "num_seeds": Size(int, "N", "how many initializations"),
     "learning_rates": Size(listed(float), "RATE,...", "learning rates"),
     "methods": Size(listed(str), "NAME,...", "methods, by their names in the tables"),
+    "networks": Size(listed(str), "NAME,...", "networks, by their names in the tables"),
     "width": Size(int, "N", "of the hidden layers"),
     "widths": Size(listed(int), "N,...", "channels of each group of layers"),
     "depths": Size(listed(int), "N,...", "numbers of hidden layers"),
@@ -44,6 +45,7 @@ TAKEN = {
     "figure3": (*_TRAINING, "widths"),
     "figure5": _TRAINING,
     "helps": _TRAINING,
+    "quantize": ("subset", "num_epochs", "num_seeds", "methods", "networks"),
 }
 
 

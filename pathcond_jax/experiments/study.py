@@ -119,10 +119,19 @@ def chosen_methods(names: Sequence[str], known: Iterable[str]) -> list[str]:
     Raises:
       UsageError: one is not.
     """
+    return _chosen("method", names, known)
+
+
+def chosen_networks(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """The same of networks."""
+    return _chosen("network", names, known)
+
+
+def _chosen(kind: str, names: Sequence[str], known: Iterable[str]) -> list[str]:
     known = list(known)
     for name in names:
         if name not in known:
-            raise UsageError(f"no method {name!r}; there are {', '.join(map(repr, known))}")
+            raise UsageError(f"no {kind} {name!r}; there are {', '.join(map(repr, known))}")
     return list(names)
 
 

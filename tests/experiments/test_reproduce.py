@@ -186,6 +186,21 @@ def test_sizes_replace_those_of_a_study(capsys, tmp_path):
     assert "no method 'best'; there are 'none', '10 sweeps'" in capsys.readouterr().err
 
 
+def test_networks_are_chosen_by_name(capsys, tmp_path):
+    sizes = {"networks": ["CNN", "ResNet"], "num_seeds": 2, "num_epochs": 3}
+    tasks = reproduce.study("quantize").tasks(Options(False, 5, "digits", sizes))
+    assert [(task.settings["network"], task.settings["seed"]) for task in tasks] == [
+        ("CNN", 5),
+        ("ResNet", 5),
+        ("CNN", 6),
+        ("ResNet", 6),
+    ]
+    assert {task.settings["num_epochs"] for task in tasks} == {3}
+    command = ["reproduce", "quantize", "--networks", "VGG", "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "no network 'VGG'; there are 'MobileNetV2-like'" in capsys.readouterr().err
+
+
 def test_the_command_names_what_there_is(capsys, tmp_path):
     assert main(["reproduce", "list"]) == 0
     assert set(reproduce.STUDIES) <= set(capsys.readouterr().out.split())
