@@ -1,7 +1,6 @@
 """Exact minimization over whole groups at once."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,9 +13,6 @@ from pathcond_jax._solve.flat_objective import Problem, Run, Sums
 from pathcond_jax._solve.one_neuron import Neurons, log_masses, log_x, neurons_at
 from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.spec import ArchSpec
-
-ColorStep = Callable[[Problem, Table, "Color", jax.Array, Sums], jax.Array]
-"""To the minimum over one color: ``(problem, table, color, z, sums)`` to z."""
 
 
 class Color(NamedTuple):
@@ -117,6 +113,9 @@ def block_step(problem: Problem, table: Table, color: Color, z: jax.Array, sums:
     C_h e^{−sδ_h})/2, D' = 2S − Σ_h (B_h + C_h), is separable and exact at δ = 0. So the same
     equation serves with D' for D, half the tilt and twice the box, and δ is twice the step: this is
     the ``factor`` below.
+
+    Where F has no linear part the minimum over a neuron does not depend on S, so that there is no
+    equation to solve: a fraction of the program.
     """
     moving, factor = problem.box.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
     neurons = neurons_at(problem, sums.met, z, powers=table.powers)
@@ -126,23 +125,13 @@ def block_step(problem: Problem, table: Table, color: Color, z: jax.Array, sums:
         low=factor * neurons.low,
         high=factor * neurons.high,
     )
+    if problem.linear is None:
+        moved = log_x(neurons, jnp.zeros((), z.dtype), table.powers)
+        return problem.box.clip(z + moved / (factor * problem.exponents[0]))
     mass = jnp.where(moving, functools.reduce(jnp.add, map(jnp.exp, sums.met)), 0).sum()
     rest = _untouched(table, moving, jnp.exp(sums.positions))
     rest = jnp.where(color.joined, jnp.maximum(2 - mass, 0), rest)
     moved = _together(neurons, rest, table.powers)
-    return problem.box.clip(z + moved / (factor * problem.exponents[0]))
-
-
-def level_step(problem: Problem, table: Table, color: Color, z: jax.Array, sums: Sums) -> jax.Array:
-    """:func:`block_step` where F has no linear part.
-
-    The minimum over a neuron does not depend on S then, so that there is no equation to solve: a
-    fraction of the program.
-    """
-    moving, factor = problem.box.alive & color.mask, jnp.where(color.joined, 2, 1).astype(z.dtype)
-    neurons = neurons_at(problem, sums.met, z, powers=table.powers)
-    neurons = neurons._replace(alive=moving, low=factor * neurons.low, high=factor * neurons.high)
-    moved = log_x(neurons, jnp.zeros((), z.dtype), table.powers)
     return problem.box.clip(z + moved / (factor * problem.exponents[0]))
 
 

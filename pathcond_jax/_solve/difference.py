@@ -46,7 +46,7 @@ def descend(
 
     def lowest(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The minimum with the tangent at z, and the norm of its gradient."""
-        slope = problem.linear + flat_objective.value_and_gradient(rising, table, z)[1]
+        slope = problem.slopes() + flat_objective.value_and_gradient(rising, table, z)[1]
         if not curved:
             return limit * jnp.sign(slope), jnp.zeros((), z.dtype)
         round_ = flat_objective.tilted(convex, table, slope)

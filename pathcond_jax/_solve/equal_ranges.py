@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
-from pathcond_jax._solve.block import colors, level_step
+from pathcond_jax._solve.block import colors
 from pathcond_jax._solve.flat_objective import Box, Problem, Run
 from pathcond_jax._solve.newton import newton
 from pathcond_jax._solve.objective import LogSum, Ranges
@@ -146,23 +146,23 @@ def start(problem: RangeProblem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     if problem.given is not None:
         return z
     table, box = stacks.table(spec), problem.box
-    one, nothing = jnp.ones((1,), z.dtype), jnp.zeros_like(z)
+    one = jnp.ones((1,), z.dtype)
     furthest = 0.45 * float(np.log(jnp.finfo(z.dtype).max))
     ranges = stacks.equilibrate(problem.term, box.finite)
     masses = Masses(tuple(values**_NORM for values in ranges.values), _NORM * ranges.logs)
     norm = Problem(
         weights=one,
         exponents=-_NORM * one,
-        linear=nothing,
+        linear=None,
         smooth=(),
         scale=one.sum(),
         masses=(masses,),
         box=box._replace(limit=jnp.minimum(box.limit, furthest)),
     )
-    norm = flat_objective.tilted(norm, table, nothing)
+    norm = flat_objective.tilted(norm, table, None)
     # As exactly as rounding allows: what is left of a difference here stays.
     steps, tol = jnp.asarray(_NEWTON_STEPS, jnp.int32), jnp.zeros((), z.dtype)
-    run = newton(norm, spec, z, steps, tol, level_step)
+    run = newton(norm, spec, z, steps, tol)
     return run.z
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pathcond_jax._solve import stacks
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth
@@ -58,7 +57,7 @@ class Problem(NamedTuple):
     Attributes:
       weights: w, (terms,).
       exponents: s, (terms,).
-      linear: b, (H,).
+      linear: b, (H,); None: there is none.
       smooth: v and f.
       scale: Σ w + Σ v, to which tolerances are relative.
       masses: the equilibrated a of each term.
@@ -68,12 +67,17 @@ class Problem(NamedTuple):
 
     weights: jax.Array
     exponents: jax.Array
-    linear: jax.Array
+    linear: jax.Array | None
     smooth: tuple[Smooth, ...]
     scale: jax.Array
     masses: tuple[Masses, ...]
     box: Box
     concave: "Problem | None" = None
+
+    def slopes(self) -> jax.Array:
+        """b, zeros where there is none."""
+        nothing = jnp.zeros(self.box.alive.shape, self.box.limit.dtype)
+        return nothing if self.linear is None else self.linear
 
 
 class Run(NamedTuple):
@@ -126,17 +130,15 @@ def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
 
 def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any) -> Problem:
     table, terms = stacks.table(spec), objective.terms
-    linear = concatenated(objective.linear, dtype)
-    finite = jnp.isfinite(linear).all()
+    linear = None if objective.linear is None else concatenated(objective.linear, dtype)
+    finite, origin = jnp.asarray(objective.finite), jnp.zeros((table.size,), dtype)
     for term in terms:
         finite &= stacks.are_masses(term)
-    origin = jnp.zeros_like(linear)
     for function in objective.smooth:
         finite &= jnp.isfinite(smooth_value(function, table, origin))
     concave = None
     if objective.concave:
-        rising = Objective(objective.concave, tuple(np.zeros(group.size) for group in spec.groups))
-        concave = _problem(rising, spec, limit, dtype)
+        concave = _problem(Objective(objective.concave), spec, limit, dtype)
         finite &= concave.box.finite
     weights, exponents, extra = (
         jnp.asarray([jnp.asarray(number).astype(dtype) for number in numbers], dtype)
@@ -153,7 +155,7 @@ def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any)
         smooth=objective.smooth,
         scale=weights.sum() + extra.sum(),
         masses=tuple(stacks.equilibrate(term, finite) for term in terms),
-        box=Box(jnp.ones(linear.shape, bool), jnp.asarray(limit).astype(dtype), finite),
+        box=Box(jnp.ones(origin.shape, bool), jnp.asarray(limit).astype(dtype), finite),
         concave=concave,
     )
     return tilted(problem, table, linear)
@@ -165,16 +167,19 @@ def at_zero(problem: Problem, spec: ArchSpec, z: jax.Array) -> jax.Array:
     return z
 
 
-def tilted(problem: Problem, table: Table, linear: jax.Array) -> Problem:
+def tilted(problem: Problem, table: Table, linear: jax.Array | None) -> Problem:
     """The same problem with another linear part, which decides anew who may move."""
-    finite = problem.box.finite & jnp.isfinite(linear).all()
+    finite = problem.box.finite
+    if linear is not None:
+        finite &= jnp.isfinite(linear).all()
+        linear = jnp.where(finite, linear, 0)
+    problem = problem._replace(linear=linear)
     # What a function of one's own, or a concave one, demands of a neuron without masses is not
     # known.
-    alive = jnp.ones(linear.shape, bool)
+    alive = jnp.ones_like(problem.box.alive)
     if not problem.smooth and problem.concave is None:
-        alive = _alive(table, problem.weights * problem.exponents, linear, problem.masses)
-    box = problem.box._replace(alive=finite & alive, finite=finite)
-    return problem._replace(linear=jnp.where(finite, linear, 0), box=box)
+        alive = _alive(table, problem.weights * problem.exponents, problem.slopes(), problem.masses)
+    return problem._replace(box=problem.box._replace(alive=finite & alive, finite=finite))
 
 
 def mass_dtype(*terms: LogSum) -> Any:
@@ -214,7 +219,7 @@ def sums_of(table: Table, weights: Weights) -> Sums:
 
 def value(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
     """F alone, which takes half the products."""
-    found = smooth_part(problem, table, z) - jnp.dot(problem.linear, z)
+    found = smooth_part(problem, table, z) - jnp.dot(problem.slopes(), z)
     shifts = stacks.spread(table, z)
     for w, s, masses in zip(problem.weights, problem.exponents, problem.masses, strict=True):
         found = found + w * stacks.log_total(masses, table, masses.logs + s * shifts)
@@ -224,7 +229,8 @@ def value(problem: Problem, table: Table, z: jax.Array) -> jax.Array:
 def value_and_gradient(problem: Problem, table: Table, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """F and its gradient."""
     value, gradient = jax.value_and_grad(lambda z: smooth_part(problem, table, z))(z)
-    value, gradient = value - jnp.dot(problem.linear, z), gradient - problem.linear
+    slopes = problem.slopes()
+    value, gradient = value - jnp.dot(slopes, z), gradient - slopes
     for k, (w, s) in enumerate(zip(problem.weights, problem.exponents, strict=True)):
         sums = log_sums(problem, table, k, z)
         value = value + w * sums.total

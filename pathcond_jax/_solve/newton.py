@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pathcond_jax._solve import flat_objective, stacks
-from pathcond_jax._solve.block import ColorStep, block_step, colors
+from pathcond_jax._solve.block import block_step, colors
 from pathcond_jax._solve.flat_objective import Problem, Run
 from pathcond_jax._solve.objective import Model, Smooth
 from pathcond_jax._solve.stacks import Table, Weights
@@ -96,9 +96,8 @@ def newton(
     z: jax.Array,
     max_steps: jax.Array,
     tol: jax.Array,
-    color_step: ColorStep = block_step,
 ) -> Run:
-    """Newton-CG with a Jacobi preconditioner, projected on the box, after one sweep of color steps.
+    """Newton-CG with a Jacobi preconditioner, projected on the box, after a sweep over the colors.
 
     Converged means ``‖∇F‖ ≤ tol Σ w`` and a Newton decrement ``λ² ≤ tol² Σ w``, or one that
     rounding keeps from shrinking further. The last step is taken even so.
@@ -124,7 +123,7 @@ def newton(
     )
     end = lax.while_loop(
         lambda state: ~state.ended,
-        lambda state: _look(problem, spec, max_steps, tol, color_step, state),
+        lambda state: _look(problem, spec, max_steps, tol, state),
         start,
     )
     return Run(
@@ -144,7 +143,6 @@ def _look(
     spec: ArchSpec,
     max_steps: jax.Array,
     tol: jax.Array,
-    color_step: ColorStep,
     state: State,
 ) -> State:
     """Evaluates F where the last direction leads; from there a new one, or back half the way.
@@ -173,7 +171,7 @@ def _look(
         jnp.where(accepted, jnp.where(sweeping, 1, 2), 0),
         [
             lambda: _back(state, count),
-            lambda: _sweep(problem, spec, color_step, here, state),
+            lambda: _sweep(problem, spec, here, state),
             lambda: _step(
                 problem, table, here, smooth_product, max_steps, tol, change, wanted, state
             ),
@@ -194,16 +192,14 @@ def _back(state: State, count: int) -> State:
     )
 
 
-def _sweep(
-    problem: Problem, spec: ArchSpec, color_step: ColorStep, here: Iterate, state: State
-) -> State:
+def _sweep(problem: Problem, spec: ArchSpec, here: Iterate, state: State) -> State:
     """To the minimum over one color, which brings its neurons within the range of the dtype."""
     if not problem.masses:
         return state
     table = stacks.table(spec)
     color = jax.tree.map(lambda part: jnp.asarray(part)[state.swept], colors(spec))
     sums = flat_objective.sums_of(table, here.terms[0])
-    moved = color_step(problem, table, color, here.z, sums)
+    moved = block_step(problem, table, color, here.z, sums)
     return state._replace(
         z=here.z,
         value=here.value,
@@ -306,7 +302,8 @@ def _evaluate(
 ) -> tuple[Iterate, Callable[[jax.Array], jax.Array]]:
     """Everything at z, and products with the Hessian of the smooth functions."""
     models = [(part, _model(part, table, z)) for part in problem.smooth]
-    value, gradient, diagonal = -jnp.dot(problem.linear, z), -problem.linear, jnp.zeros_like(z)
+    slopes, diagonal = problem.slopes(), jnp.zeros_like(z)
+    value, gradient = -jnp.dot(slopes, z), -slopes
     for part, found in models:
         weight = jnp.asarray(part.weight).astype(z.dtype)
         value = value + weight * found.value

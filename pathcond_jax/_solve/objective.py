@@ -74,22 +74,23 @@ class Objective(NamedTuple):
 
     Attributes:
       terms: logarithms of sums, convex.
-      linear: b, one array per group.
+      linear: b, one array per group; None: there is none, which the solvers need not ask for.
       smooth: other convex functions.
       concave: logarithms of sums that are to grow.
       limit: the box |z| ≤ limit outside of which the objective means nothing; None: no box.
+      finite: whether what it was made from was: solvers report where it was not.
     """
 
     terms: tuple[LogSum, ...]
-    linear: tuple[np.ndarray | jax.Array, ...]
+    linear: tuple[np.ndarray | jax.Array, ...] | None = None
     smooth: tuple[Smooth, ...] = ()
     concave: tuple[LogSum, ...] = ()
     limit: float | None = None
+    finite: bool | jax.Array = True
 
     def unless(self, finite: jax.Array) -> "Objective":
-        """The objective, NaN unless what it was made from was finite: solvers report that."""
-        first, *others = self.linear
-        return self._replace(linear=(jnp.where(finite, jnp.asarray(first), jnp.nan), *others))
+        """The objective, marked unless what it was made from was finite."""
+        return self._replace(finite=self.finite & finite)
 
 
 class Ranges(NamedTuple):

@@ -136,11 +136,13 @@ def neurons_at(
 ) -> Neurons:
     """The neurons from ``start`` on; ``met``: logarithms of their B and C, of each power."""
     out, into = met if powers == _POWER_ONE else (jnp.stack(met[::2]), jnp.stack(met[1::2]))
-    linear, alive, z = (
-        lax.dynamic_slice_in_dim(array, start, out.shape[-1])
-        for array in (problem.linear, problem.box.alive, z)
+    alive, z = (
+        lax.dynamic_slice_in_dim(array, start, out.shape[-1]) for array in (problem.box.alive, z)
     )
-    tilt = -linear / (problem.weights[0] * problem.exponents[0])
+    tilt = jnp.zeros_like(z)
+    if problem.linear is not None:
+        linear = lax.dynamic_slice_in_dim(problem.linear, start, out.shape[-1])
+        tilt = -linear / (problem.weights[0] * problem.exponents[0])
     limit = problem.box.limit
     low, high = (problem.exponents[0] * (bound - z) for bound in (-limit, limit))
     # A negative exponent turns the box around.

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -182,13 +183,19 @@ class RangeBalance(Criterion):
 
 def _added(one: Objective, two: Objective) -> Objective:
     limits = [goal.limit for goal in (one, two) if goal.limit is not None]
+    linear = [goal.linear for goal in (one, two) if goal.linear is not None]
     return Objective(
         (*one.terms, *two.terms),
-        tuple(jnp.asarray(a) + jnp.asarray(b) for a, b in zip(one.linear, two.linear, strict=True)),
+        tuple(map(_sum, zip(*linear, strict=True))) if linear else None,
         (*one.smooth, *two.smooth),
         (*one.concave, *two.concave),
         min(limits, default=None),
+        one.finite & two.finite,
     )
+
+
+def _sum(parts: Sequence[np.ndarray | jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, map(jnp.asarray, parts))
 
 
 def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
@@ -197,7 +204,7 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
 
     return goal._replace(
         terms=scale(goal.terms),
-        linear=tuple(factor * part for part in goal.linear),
+        linear=None if goal.linear is None else tuple(factor * part for part in goal.linear),
         smooth=scale(goal.smooth),
         concave=scale(goal.concave),
     )

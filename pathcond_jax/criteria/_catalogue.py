@@ -134,7 +134,7 @@ def norm(p: float = 2.0, *, depth_penalty: float = 1.0, biases: bool = True) -> 
         trees = (spec.treedef.unflatten(part) for part in powers(counted, p, extra))
         masses = reduce_masses(spec, ScaledDiagonal(*trees))
         term = LogSum(2.0 / p * spec.num_parameters, -float(p), *masses)
-        return Objective((term,), _nothing(spec))
+        return Objective((term,))
 
     return Balance(f"norm({p:g})", objective)
 
@@ -250,7 +250,7 @@ def steepest(grads: PyTree, radius: float) -> Criterion:
         del params
         masses = reduce_masses(spec, squared(grads, spec, "grads"))
         term = LogSum(float(spec.num_parameters), 2.0, *masses)
-        return Objective((), _nothing(spec), concave=(term,), limit=radius)
+        return Objective((), concave=(term,), limit=radius)
 
     return Balance("steepest", objective)
 
@@ -359,7 +359,7 @@ def convex(
 
     def objective(params: PyTree, spec: ArchSpec) -> Objective:
         del params
-        return Objective((), _nothing(spec), (Smooth(1.0, jax.tree_util.Partial(function)),))
+        return Objective((), smooth=(Smooth(1.0, jax.tree_util.Partial(function)),))
 
     return Balance(name, objective)
 
@@ -418,7 +418,3 @@ def _needed(name: str) -> str:
 
 def _known() -> str:
     return f"{', '.join(map(repr, CRITERIA))} and those of pathcond_jax.criteria"
-
-
-def _nothing(spec: ArchSpec) -> tuple[np.ndarray, ...]:
-    return tuple(np.zeros(group.size) for group in spec.groups)

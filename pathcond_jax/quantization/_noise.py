@@ -73,8 +73,7 @@ class QuantizationNoise(Criterion):
         ]
         masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, squares))
         norm = LogSum(self.norm_weight, -2.0, *masses)
-        nothing = tuple(np.zeros(group.size) for group in spec.groups)
-        return Objective((norm,), nothing, (smooth(products),))
+        return Objective((norm,), smooth=(smooth(products),))
 
     def figures(self, params: PyTree, spec: ArchSpec, log_scales: LogScales) -> Mapping[str, float]:
         """The predicted signal-to-noise ratio of the outputs; see :class:`Criterion`."""
