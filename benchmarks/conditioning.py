@@ -1,12 +1,13 @@
 """What conditioning costs: seconds, steps and memory, on this machine's device.
 
     python benchmarks/conditioning.py [--networks mlp3 conv ...] [--repeats 7] [--json FILE]
-                                      [--reference DIR] [--depths 50 200]
+                                      [--reference DIR] [--depths 50 200] [--compile resnet50 ...]
 
 For each network: the Gram diagonal, each solver from that diagonal, the whole ``condition``, one
 training step at batch 128, compile time, the objective reached, and how far float32 is from
 float64. ``--reference`` also times the authors' PyTorch code from a local checkout on the same
-weights, in turns with ours (needs PyTorch and tqdm).
+weights, in turns with ours (needs PyTorch and tqdm). ``--depths``, for MLPs, and ``--compile``
+tell what compiling takes beside a training step, in processor time, and nothing else.
 """
 
 import argparse
@@ -187,19 +188,24 @@ def _load(model: Any, variables: Any) -> None:
                 parameter.copy_(torch.from_numpy(queue.pop(0).copy()))
 
 
-def deep(depth: int, width: int = 8) -> str:
-    """What compiling ``condition`` takes for an MLP of many layers, beside a training step."""
-    network = Network(MLP((width,) * depth, width), (width,))
+def deep(depth: int, width: int = 8) -> Network:
+    """An MLP of many layers."""
+    return Network(MLP((width,) * depth, width), (width,))
+
+
+def compiling(network: Network) -> str:
+    """What compiling ``condition`` takes beside a training step, in processor time."""
     apply, variables = prepared(network)
-    spec = pathcond.trace_spec(apply, variables, jnp.ones((1, width)))
+    spec = pathcond.trace_spec(apply, variables, jnp.ones((1, *network.shape)))
+    data = jnp.ones((128, *network.shape)), jnp.zeros(128, jnp.int32)
     calls = {
-        "training step": (train_step(network), jnp.ones((128, width)), jnp.zeros(128, jnp.int32)),
+        "training step": (train_step(network), *data),
         "Gram diagonal": (lambda v: pathcond.scaled_gram_diagonal(v, spec),),
         "condition": (lambda v: pathcond.condition(v, spec),),
     }
     found = []
-    for name, (fun, *data) in calls.items():
-        lowered = jax.jit(fun).lower(variables, *data)
+    for name, (fun, *inputs) in calls.items():
+        lowered = jax.jit(fun).lower(variables, *inputs)
         start = time.process_time()
         text = lowered.compile().as_text()
         taken = time.process_time() - start
@@ -215,9 +221,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reference", type=Path, metavar="DIR")
     parser.add_argument("--depths", nargs="*", type=int, default=[], help="of MLPs to compile")
+    parser.add_argument("--compile", nargs="*", choices=NETWORKS, default=[])
     options = parser.parse_args()
-    for depth in options.depths:
-        print(f"processor time to compile at depth {depth}: {deep(depth)}", flush=True)
+    compiled_only = {f"an MLP of {depth} layers": deep(depth) for depth in options.depths}
+    compiled_only |= {name: NETWORKS[name] for name in options.compile}
+    for name, network in compiled_only.items():
+        print(f"processor time to compile {name}: {compiling(network)}", flush=True)
+    if compiled_only:
+        return
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, median of {options.repeats}")
     rows = {}
     for name in options.networks:
