@@ -292,6 +292,18 @@ def test_a_function_of_ones_own_is_minimized_like_the_built_in_ones(x64):
         np.testing.assert_allclose(mine, theirs, atol=1e-8)
 
 
+def test_without_a_linear_part_no_equation_is_solved_for_the_sum():
+    params, spec, _ = traced("mlp")
+
+    def loops(criterion):
+        lowered = jax.jit(lambda p: pathcond.condition(p, spec, criterion)).lower(params)
+        return lowered.as_text().count("stablehlo.while")
+
+    squares = criteria.weighted(lambda p: jax.tree.map(jnp.square, p), exponent=-2.0)
+    assert loops(criteria.norm()) == loops(squares) - 1
+    assert loops(0.5 * criteria.norm() + criteria.norm(4)) == loops(criteria.norm())
+
+
 def test_sums_lie_between_their_parts():
     params, spec, _ = traced("mlp")
     one, two = criteria.path(), criteria.norm()
