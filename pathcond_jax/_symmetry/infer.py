@@ -21,6 +21,7 @@ from scipy import sparse
 
 from pathcond_jax._program.control_flow import stacked_axes
 from pathcond_jax._program.graph import Graph
+from pathcond_jax._program.guards import without_guards
 from pathcond_jax._spec.trees import layer_path
 from pathcond_jax._spec.types import Incidence, Leaf, NeuronGroup, Pinned, Rounded
 
@@ -63,6 +64,7 @@ def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
       graph: the program; its first inputs are the leaves.
       leaves: the leaves of the parameter tree.
     """
+    graph = without_guards(graph)
     shapes = {k: leaf.shape for k, leaf in enumerate(leaves) if leaf.trainable or leaf.state}
     stacked = stacked_axes(graph)
     factors = {k: _separate_axes(s, stacked[graph.inputs[k]]) for k, s in shapes.items()}
