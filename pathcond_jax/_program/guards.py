@@ -2,7 +2,7 @@
 
 In ``where(x > 0, sqrt(where(x > 0, x, 1)), 0)`` the 1 only keeps the root, and its derivative, from
 what no entry of the result shows. The program ``where(x > 0, sqrt(x), 0)`` has the same values, and
-its scales are not tied to the 1. So is the norm of a vector that may be zero, and ``jnp.hypot``.
+its scales are not tied to the 1. The same goes for the norm of a vector that may be zero.
 """
 
 import dataclasses

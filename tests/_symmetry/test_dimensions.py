@@ -156,6 +156,48 @@ POSITIONS = {
 }
 
 
+where = jnp.where
+
+
+def length(h):
+    """The norm of each row, with a root that has a derivative at rows of zeros."""
+    square = jnp.sum(h * h, -1, keepdims=True)
+    return where(square == 0, 0.0, jnp.sqrt(where(square == 0, 1.0, square)))
+
+
+def lengthened(h):
+    """Rows by their norm in their own direction, by a guard of another shape than theirs."""
+    size = jnp.sqrt(jnp.sum(h * h, -1, keepdims=True))
+    return where(size != 0, h * h / where(size == 0, 1.0, size), 0.0)
+
+
+def hypotenuse(one, two):
+    """As older versions of JAX compute ``jnp.hypot``."""
+    long, short = jnp.maximum(one, two), jnp.minimum(one, two)
+    ratio = short / where(long == 0, 1.0, long)
+    return where(long == 0, long, long * jnp.sqrt(1 + ratio * ratio))
+
+
+GUARDS = {
+    "a root of what is positive": (lambda h, p: where(h > 0, jnp.sqrt(where(h > 0, h, 1.0)), 0), 4),
+    "of another half": (lambda h, p: where(h > 0, 0.0, jnp.sqrt(1 + where(h > 0, h, 1.0))), 0),
+    "by another bound": (lambda h, p: where(h > 0, jnp.sqrt(where(h > 1, h, 2.0)), 0.0), 0),
+    "shown elsewhere": (lambda h, p: where(h > 0, h, 0.0) + where(h > 0, h, 1.0), 0),
+    "summed before it is chosen": (
+        lambda h, p: where(h > 0, jnp.cumsum(where(h > 0, h, 1.0), 1), 0.0),
+        0,
+    ),
+    "at other places": (lambda h, p: where(h > 0, where(h > 0, h, 1.0)[:, ::-1], 0.0), 0),
+    "in a loop": (
+        lambda h, p: jax.lax.map(lambda r: where(r > 0, jnp.sqrt(where(r > 0, r, 1.0)), 0), h),
+        4,
+    ),
+    "the norm of rows": (lambda h, p: h * length(h), 1),
+    "a guard that is repeated": (lambda h, p: lengthened(h), 1),
+    "a hypotenuse": (lambda h, p: hypotenuse(h, 2 * h), 4),
+}
+
+
 def diagonal(params, x):
     return jax.nn.relu(x @ jnp.diag(params["d"])) @ params["w"]
 
@@ -392,7 +434,7 @@ OTHERWISE = {
 }
 
 CASES = EXCHANGED | OTHERWISE
-CHANGES = POSITIONS | PADDED | REDUCTIONS
+CHANGES = POSITIONS | PADDED | REDUCTIONS | GUARDS
 NAMED = {name: (around(change), LAYERS, (5, 3), n) for name, (change, n) in CHANGES.items()}
 NAMED |= {function.__name__: (function, *case) for function, case in CASES.items()}
 NAMED |= EXPERTS_CASES
