@@ -17,8 +17,13 @@ RATES = [1e-3, 1e-2, 1e-1]
 # CIFAR-10: the authors' sizes; theirs is the first learning rate alone.
 PAPER = {"widths": [128, 256, 320], "num_epochs": 128, "batch_size": 128}
 REDUCED = {"widths": [4, 8, 10], "num_epochs": 20, "batch_size": 32, "subset": 500} | {
-    "learning_rates": [1e-2, 1e-1],
-    "methods": [published.NONE, published.OPTIMUM, published.PUBLISHED, published.MATCHED],
+    "methods": [
+        published.NONE,
+        published.OPTIMUM,
+        published.PUBLISHED,
+        published.MATCHED,
+        published.MATCHED_OPTIMUM,
+    ],
 }
 SIZES: dict[str, dict[str, Any]] = {
     "cifar10": PAPER,
