@@ -25,7 +25,7 @@ def nnx_variables(model: "nnx.Module") -> dict[str, PyTree]:
       model: a Flax nnx module.
 
     Returns:
-      ``{"params": ..., "state": ...}``: the states of its ``nnx.Param`` and of its other variables.
+      A dictionary of states, of its ``nnx.Param`` as "params", of its other variables as "state".
       ``nnx.update(model, variables["params"])`` writes parameters back.
     """
     from flax import nnx

@@ -200,7 +200,7 @@ def gram_matrix(params: PyTree, spec: ArchSpec) -> jax.Array:
       spec: the architecture.
 
     Returns:
-      A (p, p) array, float32 at least: the trainable leaves in flattening order, each row-major.
+      A (p, p) array, float32 at least, of the trainable leaves in flattening order, each row-major.
 
     Raises:
       NotPathLiftableError: an operation of the network is not a sum over paths.

@@ -37,8 +37,9 @@ def caps_as_parameters(
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; their shapes may differ later.
 
     Returns:
-      The apply function, and its parameters: ``{"params": params, "caps": {...}}``, or ``params``
-      with a further key ``"caps"`` where it has ``"params"``. Each cap is (channels,).
+      The apply function, and its parameters, which are ``params`` with a further key ``"caps"``
+      where they have ``"params"``, else ``{"params": params, "caps": {...}}``. Each cap is
+      (channels,).
 
     Warns:
       CappingWarning: some bound applies to no channels of a layer; it is named and stays.

@@ -45,7 +45,7 @@ def fold_batch_norm(
       *inputs: example inputs, arrays or ``jax.ShapeDtypeStruct``; their shapes may differ later.
 
     Returns:
-      The folded apply function, and its parameters: the tree of the variables with new values, and
+      The folded apply function, and its parameters, the tree of the variables with new values, and
       without the leaves that are not needed any more. The function can be traced, and is the same
       up to rounding.
 

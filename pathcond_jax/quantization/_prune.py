@@ -75,9 +75,9 @@ def prune(
         leaves of two axes or more that the network does not only add.
 
     Returns:
-      A pytree like ``params`` of boolean arrays, False where an entry is cut:
-      ``jax.tree.map(lambda value, kept: jnp.where(kept, value, 0), params, masks)``. Under ``jit``,
-      all True if a saliency is not finite.
+      A pytree like ``params`` of boolean arrays, False where an entry is cut. They are
+      applied by ``jax.tree.map(lambda value, kept: jnp.where(kept, value, 0), params, masks)``.
+      Under ``jit``, all True if a saliency is not finite.
 
     Warns:
       PruningWarning: a layer lost all its weights; it is named. Not under ``jit``.

@@ -49,8 +49,6 @@ class Scheme:
         return f"{''.join(bits)} per {shared}"
 
 
-# Weights are always on a symmetric grid. Where an engine finds ranges of activations while it
-# runs, those of the calibration stand for them.
 SCHEMES: dict[str, Scheme] = {
     # qwix.PtqProvider, weight_qtype="int8", act_qtype="int8": absmax, one scale per output
     # channel; activations by the range of each call.
@@ -66,6 +64,8 @@ SCHEMES: dict[str, Scheme] = {
     "int8_weights": Scheme(8, None, "channel"),
     "int4_weights": Scheme(4, None, "channel"),
 }
+"""What engines do, by name. Weights are always on a symmetric grid. Where an engine finds ranges of
+activations while it runs, those of the calibration stand for them."""
 
 
 def scheme_of(name: str) -> Scheme:

@@ -34,7 +34,7 @@ def neuron_orientations(params: PyTree, spec: ArchSpec) -> tuple[jax.Array, ...]
       spec: the architecture.
 
     Returns:
-      One array (group.size, entries) per group of the spec: the entries of its incoming parameters
+      One array (group.size, entries) per group of the spec, the entries of its incoming parameters
       of most axes first, so that biases are last; zero for a neuron that nothing enters.
 
     Raises:
@@ -76,7 +76,7 @@ def condensed_groups(
       signed: whether opposite directions differ.
 
     Returns:
-      One NumPy array (group.size,) per group of the spec: the number of the component of each
+      One NumPy array (group.size,) per group of the spec, the number of the component of each
       neuron, from 0 in order of the first neuron; -1 for neurons that nothing enters. The largest
       plus one is the number of orientations.
 

@@ -38,8 +38,8 @@ def two_layer_init(
       dtype: of the parameters; None: the default float.
 
     Returns:
-      ``{"hidden": {"kernel": (d, m), "bias": (m,)}, "output": {"kernel": (m, 1)}}``, a chain for
-      ``chain_spec(params, ["hidden", "output"])``.
+      A chain for ``chain_spec(params, ["hidden", "output"])``, with arrays of the shapes
+      ``{"hidden": {"kernel": (d, m), "bias": (m,)}, "output": {"kernel": (m, 1)}}``.
 
     Raises:
       SpecError: the mode is unknown.
@@ -98,9 +98,9 @@ def triangle_mlp(
       slope: of a linear term, nonnegative.
 
     Returns:
-      ``{"layer_0": {"kernel": (1, 4), "bias": (4,)}, "layer_1": {"kernel": (4, 4)}, …,
-      "layer_d": {"kernel": (4, 1)}}``, differentiable in all arguments; a chain for
-      ``chain_spec(params, list(params))``.
+      A chain for ``chain_spec(params, list(params))``, differentiable in all arguments, with arrays
+      of the shapes ``{"layer_0": {"kernel": (1, 4), "bias": (4,)}, "layer_1": {"kernel": (4, 4)},
+      …, "layer_d": {"kernel": (4, 1)}}``.
 
     Example:
       >>> import jax.numpy as jnp

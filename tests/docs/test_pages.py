@@ -104,3 +104,13 @@ def test_every_study_has_its_command_and_result():
 def test_the_site_is_of_this_version():
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.search(r"^## (\S+)$", text, re.M)[1] == pathcond_jax.__version__
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_returned_is_not_taken_for_a_type(module):
+    # In front of a colon, the pages take the text of the first line for the type.
+    package = importlib.import_module(f"pathcond_jax{module}")
+    for name in public_names(package):
+        text = inspect.getdoc(getattr(package, name)) or ""
+        returned = text.partition("Returns:\n")[2].partition("\n")[0]
+        assert not re.search(r":( |$)", returned), f"{name}: {returned}"
