@@ -41,6 +41,13 @@ def plot_training(
 
     Returns:
       The figure.
+
+    Example:
+      >>> import numpy as np
+      >>> from pathcond_jax import plotting
+      >>> curves = {"as is": np.array([[2.0, 1.0]]), "conditioned": np.array([[2.0, 0.7]])}
+      >>> plotting.plot_training(curves).axes[0].get_ylabel()
+      'training loss'
     """
     axes = _axes(axes)
     for number, (label, runs) in enumerate(curves.items()):
@@ -85,6 +92,13 @@ def plot_epochs(
 
     Returns:
       The figure.
+
+    Example:
+      >>> import numpy as np
+      >>> from pathcond_jax import plotting
+      >>> epochs = {"as is": np.array([np.inf, 12.0]), "conditioned": np.array([15.0, 11.0])}
+      >>> plotting.plot_epochs([0.01, 0.1], epochs, limit=20).axes[0].get_ylabel()
+      'epochs to the threshold'
     """
     axes = _axes(axes)
     rates = np.asarray(learning_rates)
@@ -140,6 +154,16 @@ def plot_log_scales(
 
     Raises:
       ValueError: the log-scales do not fit the spec.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from pathcond_jax import plotting
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> _, solution = pathcond.condition(params, spec)
+      >>> len(plotting.plot_log_scales(spec, solution).axes)
+      1
     """
     axes = _axes(axes)
     if isinstance(log_scales, Solution):
@@ -177,6 +201,16 @@ def plot_gram(
 
     Returns:
       The figure.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import pathcond_jax as pathcond
+      >>> from pathcond_jax import plotting
+      >>> params = {"a": {"w": 8.0 * jnp.ones((1, 2))}, "b": {"w": 2.0 * jnp.ones((2, 1))}}
+      >>> spec = pathcond.chain_spec(params, ["a", "b"])
+      >>> conditioned, _ = pathcond.condition(params, spec)
+      >>> len(plotting.plot_gram(params, spec, conditioned).axes)
+      1
     """
     if after is None:
         after, _ = condition(params, spec)

@@ -27,6 +27,13 @@ def nnx_variables(model: "nnx.Module") -> dict[str, PyTree]:
     Returns:
       A dictionary of states, of its ``nnx.Param`` as "params", of its other variables as "state".
       ``nnx.update(model, variables["params"])`` writes parameters back.
+
+    Example:
+      >>> import pathcond_jax as pathcond
+      >>> from flax import nnx
+      >>> variables = pathcond.nnx_variables(nnx.Linear(2, 5, rngs=nnx.Rngs(0)))
+      >>> sorted(variables), sorted(variables["params"])
+      (['params', 'state'], ['bias', 'kernel'])
     """
     from flax import nnx
 

@@ -379,8 +379,16 @@ def as_criterion(criterion: Criterion | str, *, norm_weight: float | jax.Array =
         needs no arguments.
       norm_weight: not negative.
 
+    Returns:
+      The criterion.
+
     Raises:
       SpecError: there is no such criterion.
+
+    Example:
+      >>> from pathcond_jax import criteria
+      >>> criteria.as_criterion("enorm").name
+      'norm(2)'
     """
     if isinstance(criterion, str):
         criterion = _by_name(criterion)

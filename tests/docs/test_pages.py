@@ -75,6 +75,8 @@ def test_every_public_name_is_documented(module):
         if not inspect.ismodule(value):
             assert shown.get(name) is value, f"::: pathcond_jax{module}.{name} is on no page"
             assert inspect.getdoc(value), name
+        if inspect.isfunction(value):
+            assert "Example:" in inspect.getdoc(value), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
