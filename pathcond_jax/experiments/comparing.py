@@ -21,6 +21,8 @@ Ways = Mapping[str, Result]
 Grid = Mapping[str, Ways]
 # Of the training accuracy; what the settings say is the second one.
 FIRST_THRESHOLD = 0.9
+# For the figure, where nothing reaches those.
+LOWER_THRESHOLDS = (0.2, 0.3, 0.5, 0.7)
 
 
 class Factor(NamedTuple):
@@ -304,7 +306,7 @@ def _at_best(network: str, ways: Ways) -> str:
 
 
 def plot(grid: Grid) -> Figure:
-    """A row for each network: epochs and speed by learning rate, and the curves at the first."""
+    """A row for each network: epochs and speed by learning rate, and the curves at one."""
     figure, axes = drawing.panels(len(grid), 3, width=4.4, height=3.4)
     names = list(dict.fromkeys(name for ways in grid.values() for name in ways))
     colors = dict(zip(names, drawing.COLORS, strict=False))
@@ -321,12 +323,16 @@ def _plot_epochs(panel: Any, ways: Ways, colors: Mapping[str, str]) -> None:
     settings = next(iter(ways.values())).settings
     limit, rates = settings["num_epochs"], settings["learning_rates"]
     # The highest accuracy that something reaches: a panel of "not reached" shows nothing.
-    *lower, threshold = thresholds(ways)
-    for other in reversed(lower):
-        if not any(np.isfinite(epochs_to(result, threshold)).any() for result in ways.values()):
-            threshold = other
+    threshold = next(
+        (
+            accuracy
+            for accuracy in sorted({*thresholds(ways), *LOWER_THRESHOLDS}, reverse=True)
+            if any(np.isfinite(_median_epochs(result, accuracy)).any() for result in ways.values())
+        ),
+        max(thresholds(ways)),
+    )
     for name, result in ways.items():
-        epochs = np.median(epochs_to(result, threshold), axis=1)
+        epochs = _median_epochs(result, threshold)
         panel.plot(
             drawing.dodged(rates, list(ways).index(name), len(ways)),
             np.where(np.isfinite(epochs), epochs, 1.12 * limit),
@@ -338,6 +344,11 @@ def _plot_epochs(panel: Any, ways: Ways, colors: Mapping[str, str]) -> None:
     drawing.rate_axis(panel, rates)
     drawing.limited_axis(panel, limit)
     panel.set_ylabel(f"epochs to {threshold:.0%} (median)")
+
+
+def _median_epochs(result: Result, threshold: float) -> np.ndarray:
+    """Over the seeds, for each learning rate."""
+    return np.median(epochs_to(result, threshold), axis=1)
 
 
 def _plot_speeds(panel: Any, ways: Ways, colors: Mapping[str, str]) -> None:
@@ -366,14 +377,19 @@ def _plot_speeds(panel: Any, ways: Ways, colors: Mapping[str, str]) -> None:
 
 
 def _plot_curves(panel: Any, ways: Ways, colors: Mapping[str, str]) -> None:
+    # The first learning rate at which some curve comes down at all.
+    falls = np.array(
+        [losses[..., -1] < 0.9 * losses[..., 0] for losses in map(_losses, ways.values())]
+    )
+    k = int(falls.any(axis=(0, 2)).argmax())
     ends = {}
     for name, result in ways.items():
-        losses, epochs = _losses(result)[0], np.asarray(result.values["curves"]["epoch"])[0, 0]
+        losses, epochs = _losses(result)[k], np.asarray(result.values["curves"]["epoch"])[0, 0]
         middle = np.median(losses, axis=0)
         panel.plot(epochs, losses.T, color=colors[name], linewidth=0.5, alpha=0.35)
         panel.plot(epochs, middle, color=colors[name], linewidth=1.5)
         ends[name] = (float(middle[-1]), colors[name])
-    rate = next(iter(ways.values())).settings["learning_rates"][0]
+    rate = next(iter(ways.values())).settings["learning_rates"][k]
     panel.set(xlabel="epoch", ylabel="training loss")
     drawing.loss_axis(panel)
     panel.set_title(f"learning rate {rate:g}", fontsize=10)
