@@ -136,7 +136,8 @@ def recondition(
         others, num_altered = rule.begin(params, state, extra)
         rule.check_updates(updates, params)
         count = optax.safe_increment(state.num_updates)
-        outcome = lax.cond(rule.due(count), rule.move, rule.stay, updates, params, others, state)
+        due = rule.due_after_reading(count, num_altered)
+        outcome = lax.cond(due, rule.move, rule.stay, updates, params, others, state)
         return outcome.updates, outcome.state(count, num_altered)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -274,8 +275,9 @@ def reconditioned(
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
         rule.check_updates(updates, params)
         count = optax.safe_increment(state.recondition.num_updates)
+        due = rule.due_after_reading(count, num_altered)
         outcome, inner_state = lax.cond(
-            rule.due(count), move, stay, inner_state, updates, params, others, state.recondition
+            due, move, stay, inner_state, updates, params, others, state.recondition
         )
         return outcome.updates, ReconditionedState(inner_state, outcome.state(count, num_altered))
 

@@ -132,6 +132,15 @@ class Rule:
         named = (count % self._every == 0) | (count == self._start)
         return named & (count > 0)
 
+    def due_after_reading(self, count: jax.Array, num_altered: jax.Array) -> jax.Array:
+        """As ``due``, and known no sooner than what ``begin`` reads of the parameters.
+
+        Donated parameters are overwritten by the sum that the update leads to. If something might
+        read them later, XLA copies all of them first, at every step.
+        """
+        # Never negative, which XLA does not know.
+        return self.due(count) & (num_altered >= 0)
+
     def stay(
         self, updates: PyTree, params: PyTree, others: Values, state: ReconditionState
     ) -> Outcome:

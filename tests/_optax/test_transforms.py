@@ -599,3 +599,18 @@ def test_an_optimizer_that_is_made_anew_goes_on():
     message = r"state is of another spec.* shapes \[\(5,\), \(4,\)\] instead of \[\(4,\)\]"
     with pytest.raises(pathcond.SpecError, match=message):
         new.update(grads, foreign, params)
+
+
+def test_donated_parameters_are_not_copied():
+    params = {"a": {"w": jnp.ones((37, 41))}, "b": {"w": jnp.ones((41, 3))}}
+    spec = pathcond.chain_spec(params, ["a", "b"])
+    optimizer = pathcond.reconditioned(optax.sgd(0.1, momentum=0.9), spec, every=7)
+
+    def step(params, state):
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params)).compile()
+    _, _, entry = compiled.as_text().partition("ENTRY")
+    assert entry
+    assert not re.findall(r"f32\[37,41\]\S* copy\(.*", entry)
