@@ -36,7 +36,6 @@ from pathcond_jax.quantization import (
     quantization_noise,
     simulate,
 )
-from pathcond_jax.quantization._prediction import rescaled
 
 SUMMARY = "what rounding to 8 to 2 bits costs at each representative of a trained network"
 DATASETS = ("digits", "fashion_mnist")
@@ -266,7 +265,7 @@ def _moved(
     spec: pathcond.ArchSpec, params: Any, statistics: Statistics, log_scales: pathcond.LogScales
 ) -> tuple[Any, Statistics]:
     """Another representative and its statistics, for which no data is needed."""
-    return pathcond.rescale(params, spec, log_scales), rescaled(statistics, spec, log_scales)
+    return pathcond.rescale(params, spec, log_scales), statistics.rescaled(spec, log_scales)
 
 
 def _measured(

@@ -1,6 +1,5 @@
 """The noise that a scheme is expected to add to the outputs, here and at other log-scales."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from pathcond_jax._action.rescale import rescale
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._spec.arrays import widened
-from pathcond_jax._spec.log_scales import LogScales, concatenated
+from pathcond_jax._spec.log_scales import LogScales
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree
@@ -21,8 +20,7 @@ from pathcond_jax.quantization._schemes import (
     weight_steps,
     width,
 )
-from pathcond_jax.quantization._sites import Site, channel_scales
-from pathcond_jax.quantization._statistics import Channels, Statistics
+from pathcond_jax.quantization._statistics import Statistics
 from pathcond_jax.quantization._units import (
     Bits,
     Granularity,
@@ -98,7 +96,7 @@ def predicted_noise(
       True
     """
     if log_scales is not None:
-        statistics = rescaled(statistics, spec, log_scales)
+        statistics = statistics.rescaled(spec, log_scales)
         params = rescale(params, spec, log_scales)
     chosen = scheme_from(scheme, weight_bits, activation_bits, granularity)
     rounding = rounding_of(statistics, chosen)
@@ -128,45 +126,3 @@ def predicted_noise(
     noise = of_weights + of_activations
     decibel = 10 * jnp.log10(statistics.output_power / noise)
     return PredictedNoise(of_weights, of_activations, decibel)
-
-
-def rescaled(
-    statistics: Statistics, spec: ArchSpec, log_scales: LogScales | Solution
-) -> Statistics:
-    """The statistics of another representative of the same function, without data.
-
-    What a kernel reads takes the scales of the neurons behind it, and derivatives shrink by them.
-    """
-    parts = log_scales.log_scales if isinstance(log_scales, Solution) else log_scales
-    z = concatenated(parts, jnp.float32)
-    return dataclasses.replace(
-        statistics,
-        channels=tuple(
-            _scaled(read, jnp.exp(_of_channels(site, spec, z)))
-            for site, read in zip(statistics.sites, statistics.channels, strict=True)
-        ),
-        sensitivity=rescale(statistics.sensitivity, spec, parts, power=-2),
-        largest={
-            group.name: statistics.largest[group.name] * jnp.exp(part)
-            for group, part in zip(spec.groups, parts, strict=True)
-        },
-    )
-
-
-def _of_channels(site: Site, spec: ArchSpec, z: jax.Array) -> jax.Array:
-    """The log-scales of the activations that a site reads, (channels,)."""
-    extended = jnp.append(z, 0.0)
-    found = jnp.zeros(site.num_channels)
-    for meeting in channel_scales(site, spec):
-        found += meeting.entry * extended[meeting.neurons]
-    return found
-
-
-def _scaled(read: Channels, scale: jax.Array) -> Channels:
-    return Channels(
-        read.minimum * scale,
-        read.maximum * scale,
-        read.mean * scale,
-        read.second_moment * scale**2,
-        read.sensitivity / scale**2,
-    )

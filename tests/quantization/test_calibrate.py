@@ -32,6 +32,22 @@ def test_few_outputs_are_differentiated_exactly(network):
     np.testing.assert_allclose(found.output_power, power, rtol=1e-5)
 
 
+@pytest.mark.parametrize("network", [depthwise, scanned])
+def test_statistics_of_another_representative_are_those_that_calibration_finds(network):
+    params, x, spec = made(network)
+    z = tuple(jnp.linspace(-1, 1, group.size) for group in spec.groups)
+    found = calibrate(network, params, spec, [x]).rescaled(spec, z)
+    wanted = calibrate(network, pathcond.rescale(params, spec, z), spec, [x])
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_take_the_log_scales_of_their_spec():
+    params, x, spec = made(scanned)
+    with pytest.raises(pathcond.SpecError, match="log-scales"):
+        calibrate(scanned, params, spec, [x]).rescaled(spec, (jnp.zeros(1),))
+
+
 def test_random_combinations_of_outputs_estimate_the_same():
     params, x, spec = made(scanned)
     wanted = calibrate(scanned, params, spec, [x], draws=100).sensitivity
