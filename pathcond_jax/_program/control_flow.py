@@ -136,6 +136,20 @@ def stacked_axes(graph: Graph) -> dict[int, int]:
     return found
 
 
+def read_by_slices(graph: Graph) -> set[int]:
+    """The inputs of a program that scans read slice by slice, and that nothing else reads."""
+    slices: set[int] = set()
+    whole = set(graph.outputs)
+    for node in graph.nodes:
+        first = len(node.inputs)
+        if node.primitive.name == "scan":
+            scan = read_scan(node, graph.avals)
+            first = scan.num_consts + scan.num_carry
+        whole.update(node.inputs[:first])
+        slices.update(node.inputs[first:])
+    return slices.intersection(graph.inputs) - whole
+
+
 def _count_stacked(outer: Avals, outside: Sequence[int], body: Graph, inside: Sequence[int]) -> int:
     pairs = zip(outside, inside, strict=True)
     return sum(len(outer[o].shape) > len(body.avals[i].shape) for o, i in pairs)

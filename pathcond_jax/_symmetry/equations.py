@@ -10,7 +10,7 @@ is eliminated row by row, many independent rows at a time, and the components ar
 
 import bisect
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,9 @@ class Term(NamedTuple):
 class LabelBlock:
     """Labels created together: for axes of a leaf, or by an operation (``leaf`` is None).
 
-    Those of an operation that is repeated, at ``repeats`` steps of a loop, lie side by side.
+    Those of an operation that is repeated, at ``repeats`` steps of a loop, lie side by side. Where
+    each of ``copies`` steps has labels of its own for which the same holds, one block stands for
+    all of them.
     """
 
     start: int
@@ -43,6 +45,7 @@ class LabelBlock:
     axes: tuple[int, ...]
     shape: tuple[int, ...]
     repeats: int = 1
+    copies: int = 1
 
 
 class Rows(NamedTuple):
@@ -94,12 +97,13 @@ class Equations:
         leaf: int | None = None,
         axes: tuple[int, ...] = (),
         repeats: int = 1,
+        copies: int = 1,
     ) -> np.ndarray:
         """A new array of labels."""
         size = int(np.prod(shape, dtype=np.int64))
         labels = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self._starts.append(self.count)
-        self.blocks.append(LabelBlock(self.count, leaf, axes, tuple(shape), repeats))
+        self.blocks.append(LabelBlock(self.count, leaf, axes, tuple(shape), repeats, copies))
         self.count += size
         return labels
 
@@ -163,32 +167,46 @@ class Equations:
 
     def solve(self, without: Collection[int] = ()) -> Solved:
         """All solutions, as a table over free labels; without the equations of some origins."""
-        is_leaf = np.zeros(self.count, bool)
+        # Leaves are written in terms of what operations create, and later labels by earlier ones;
+        # what every step has for itself in terms of what all steps share, never the reverse.
+        level = np.zeros(self.count, np.int64)
         for block in self.blocks:
             size = int(np.prod(block.shape, dtype=np.int64))
-            is_leaf[block.start : block.start + size] = block.leaf is not None
-        # Leaves are written in terms of what operations create, and later labels by earlier ones.
-        matrix, origins = self._matrix()
+            level[block.start : block.start + size] = (block.leaf is not None) + 2 * (
+                block.copies > 1
+            )
+        matrix, origins = _matrix(self._rows, self.count)
         kept = np.flatnonzero(~np.isin(origins, list(without))) if without else slice(None)
-        return _solve(matrix[kept], origins[kept], np.arange(self.count) + is_leaf * self.count)
+        return _solve(matrix[kept], origins[kept], np.arange(self.count) + level * self.count)
 
-    def _matrix(self) -> tuple[Any, np.ndarray]:
-        counts = [len(labels) for _, labels, _ in self._rows]
-        if not sum(counts):
-            return sparse.csr_matrix((0, self.count)), np.zeros(0, np.int64)
-        first = np.cumsum([0, *counts[:-1]])
-        rows = np.concatenate(
-            [
-                np.repeat(np.arange(start, start + n), len(coefficients))
-                for start, n, (coefficients, _, _) in zip(first, counts, self._rows, strict=True)
-            ]
-        )
-        cols = np.concatenate([labels.reshape(-1) for _, labels, _ in self._rows])
-        data = np.concatenate([np.tile(c, len(labels)) for c, labels, _ in self._rows])
-        origins = np.repeat([origin for _, _, origin in self._rows], counts)
-        keep = cols > 0
-        shape = (sum(counts), self.count)
-        return sparse.csr_matrix((data[keep], (rows[keep], cols[keep])), shape), origins
+
+def imply_equal(rows: Sequence[Rows], left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether all solutions of some equations are the same at two arrays of labels."""
+    used = np.concatenate([[0], left, right, *(labels.reshape(-1) for _, labels, _ in rows)])
+    known = np.unique(used.clip(min=0))
+    own = [r._replace(labels=np.searchsorted(known, r.labels.clip(min=0))) for r in rows]
+    table = _solve(*_matrix(own, len(known)), np.arange(len(known))).table
+    one, two = (table[np.searchsorted(known, labels)] for labels in (left, right))
+    return not clean(one - two).nnz
+
+
+def _matrix(equations: Sequence[Rows], count: int) -> tuple[Any, np.ndarray]:
+    counts = [len(labels) for _, labels, _ in equations]
+    if not sum(counts):
+        return sparse.csr_matrix((0, count)), np.zeros(0, np.int64)
+    first = np.cumsum([0, *counts[:-1]])
+    rows = np.concatenate(
+        [
+            np.repeat(np.arange(start, start + n), len(coefficients))
+            for start, n, (coefficients, _, _) in zip(first, counts, equations, strict=True)
+        ]
+    )
+    cols = np.concatenate([labels.reshape(-1) for _, labels, _ in equations])
+    data = np.concatenate([np.tile(c, len(labels)) for c, labels, _ in equations])
+    origins = np.repeat([origin for _, _, origin in equations], counts)
+    keep = cols > 0
+    shape = (sum(counts), count)
+    return sparse.csr_matrix((data[keep], (rows[keep], cols[keep])), shape), origins
 
 
 def fits_every_scale(constant: np.ndarray | None) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from pathcond_jax._program.control_flow import stacked_axes
+from pathcond_jax._program.control_flow import read_by_slices, stacked_axes
 from pathcond_jax._program.graph import Graph
 from pathcond_jax._program.guards import without_guards
 from pathcond_jax._spec.trees import layer_path
@@ -68,21 +68,45 @@ def infer(graph: Graph, leaves: Sequence[Leaf]) -> Inferred:
     shapes = {k: leaf.shape for k, leaf in enumerate(leaves) if leaf.trainable or leaf.state}
     stacked = stacked_axes(graph)
     factors = {k: _separate_axes(s, stacked[graph.inputs[k]]) for k, s in shapes.items()}
+    sliced = read_by_slices(graph)
+    once = {k for k in shapes if graph.inputs[k] in sliced and stacked[graph.inputs[k]] == 1}
+    once = {k for k in once if shapes[k][0] > 1 and all(axes[0] == 0 for axes in factors[k])}
+    reading = _Reading(_analysed(graph, len(leaves), shapes, factors, frozenset(once)), leaves)
+    groups = reading.groups()
+    return Inferred(groups, lambda: tuple(reading.pinned()), tuple(reading.rounded()))
+
+
+def _analysed(
+    graph: Graph,
+    num_leaves: int,
+    shapes: dict[int, tuple[int, ...]],
+    factors: dict[int, set[tuple[int, ...]]],
+    once: frozenset[int],
+) -> Analysis:
+    """The equations of a program, with ``factors`` joined where rules ask for it.
+
+    Args:
+      graph: the program; its first inputs are the leaves.
+      num_leaves: how many these are.
+      shapes: of the leaves that have scales, by position.
+      factors: per leaf, the sets of axes that have labels of their own; changed in place.
+      once: leaves of which the labels of one slice may stand for all.
+    """
     for _ in range(_MAX_PASSES):
-        analysis = Analysis(shapes, factors)
-        arguments = [analysis.leaf(k) if k in shapes else Scale() for k in range(len(leaves))]
-        arguments += [Scale(signal=True)] * (len(graph.inputs) - len(leaves))
+        analysis = Analysis(shapes, factors, once)
+        arguments = [analysis.leaf(k) if k in shapes else Scale() for k in range(num_leaves)]
+        arguments += [Scale(signal=True)] * (len(graph.inputs) - num_leaves)
         for scale in analysis.run(graph, arguments):
             origin = analysis.because("the network's output must not change", None)
             analysis.vanish(scale.terms, origin)
+        if analysis.unlike:
+            return _analysed(graph, num_leaves, shapes, factors, once - analysis.unlike)
         if not analysis.requests:
             break
         for leaf, axes in analysis.requests:
             sets = factors[leaf] | {axes}
             factors[leaf] = {s for s in sets if not any(set(s) < set(other) for other in sets)}
-    reading = _Reading(analysis, leaves)
-    groups = reading.groups()
-    return Inferred(groups, lambda: tuple(reading.pinned()), tuple(reading.rounded()))
+    return analysis
 
 
 def _separate_axes(shape: tuple[int, ...], stacked: int) -> set[tuple[int, ...]]:
@@ -121,6 +145,7 @@ class _Reading:
             self.blocks_of.setdefault(_leaf_of(block), []).append(k)
         self.unused = np.zeros(equations.count, np.int8)
         self.creator = _creators(equations)
+        self.copies = np.array([block.copies for block in equations.blocks])
         self.neurons = self._neurons()
 
     def _neurons(self) -> np.ndarray:
@@ -128,7 +153,9 @@ class _Reading:
         self._drop(self._trivial(), _TRIVIAL)
         for numbers in self.blocks_of.values():
             _merge_whole_leaf_effects(self.effects, numbers)
-        self.effects = _with_simple_powers(_exchanged(self.effects))
+        shared = np.ones(len(self.unused), bool)
+        shared[1:] = self.copies[self.creator[1:]] == 1
+        self.effects = _with_simple_powers(_exchanged(self.effects, shared))
         self.moved = list(self.effects)
         sides = np.zeros((2, len(self.unused)), bool)
         for effect in self.effects:
@@ -167,7 +194,9 @@ class _Reading:
             [math.prod(block.shape) // block.repeats for block in self.analysis.equations.blocks]
         )
         made = np.array([block.leaf is None for block in self.analysis.equations.blocks])
-        order = np.lexsort((sizes[self.creator], made[self.creator]))
+        # What all steps of a loop share is fixed rather than what each of them has for itself.
+        keys = (sizes, made, self.copies > 1)
+        order = np.lexsort([key[self.creator] for key in keys])
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         return null_space(sparse.vstack(rows, "csr"), self.solved.free, rank)
@@ -178,6 +207,8 @@ class _Reading:
         _, group = np.unique(self.creator[neurons], return_inverse=True)
         sizes = np.bincount(group) if len(neurons) else np.zeros(0, np.int64)
         first = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int)
+        copies = np.ones(len(sizes), np.int64)
+        copies[group] = self.copies[self.creator[neurons]]
         group_of = np.zeros(len(self.unused), np.int64)
         index_of = np.zeros(len(self.unused), np.int64)
         group_of[neurons], index_of[neurons] = group, np.arange(len(neurons)) - first[group]
@@ -185,14 +216,15 @@ class _Reading:
         for block, effect in zip(self.blocks, self.effects, strict=True):
             path = self.leaves[_leaf_of(block)].path
             for (group_number, entry), found in _incidences(effect, group_of, index_of).items():
+                count, size = int(copies[group_number]), int(sizes[group_number])
                 sides.setdefault((group_number, entry > 0), []).extend(
-                    _incidence(path, block.axes, index.reshape(block.shape), abs(entry))
+                    _incidence(path, block.axes, _of_copies(index, block, count, size), abs(entry))
                     for index in found
                 )
         names = _unique_names([sides[k, True][0] for k in range(len(sizes))])
         return tuple(
             NeuronGroup(name, int(size), tuple(sides[k, True]), tuple(sides[k, False]))
-            for k, (name, size) in enumerate(zip(names, sizes, strict=True))
+            for k, (name, size) in enumerate(zip(names, sizes * copies, strict=True))
         )
 
     def rounded(self) -> Iterable[Rounded]:
@@ -226,7 +258,8 @@ class _Reading:
         reasons = Counter(self._why(block.start + int(slice_)) for slice_ in still[:64])
         reason = reasons.most_common(1)[0][0]
         count = math.prod(block.shape)
-        part = f" ({len(still)} of {count} slices)" if len(still) < count else ""
+        part = f" ({len(still) * block.copies} of {count * block.copies} slices)"
+        part = part if len(still) < count else ""
         refused = [axes for k, axes in self.analysis.refused if k == block.leaf and axis in axes]
         if refused:
             part += f"; its entries along axes {refused[0]} are too many to be followed one by one"
@@ -310,13 +343,14 @@ def _merge_whole_leaf_effects(effects: list[Any], numbers: Sequence[int]) -> Non
             effects[k] = clean(effects[k])
 
 
-def _exchanged(effects: list[Any]) -> list[Any]:
+def _exchanged(effects: list[Any], shared: np.ndarray) -> list[Any]:
     """The effects, a log-scale on one side only taken together with another where that helps.
 
     In ``x @ w / s @ v`` scales of w may be taken up by s, and one of s by v: both move entries to
     one side, and are no neurons. Their difference, which moves w and v, is one. So where two such
     columns share a slice, a multiple of one, that which moves few slices and was created late, is
-    subtracted from the other if this then moves entries to both sides.
+    subtracted from the other if this then moves entries to both sides. What all steps of a loop
+    share, a mask over the columns, is not subtracted from what one step has for itself.
     """
     stacked = sparse.vstack(effects, "csc") if effects else sparse.csc_matrix((0, 0))
     column = np.repeat(np.arange(stacked.shape[1]), np.diff(stacked.indptr))
@@ -332,7 +366,11 @@ def _exchanged(effects: list[Any]) -> list[Any]:
         inside = slice(rows.indptr[row], rows.indptr[row + 1])
         met = dict(zip(lone[rows.indices[inside]].tolist(), rows.data[inside], strict=True))
         met = {label: value for label, value in met.items() if label in unpaired}
-        giver = min(met, key=lambda k: (stacked.indptr[k + 1] - stacked.indptr[k], -k), default=-1)
+        giver = min(
+            met,
+            key=lambda k: (shared[k], stacked.indptr[k + 1] - stacked.indptr[k], -k),
+            default=-1,
+        )
         for label in met.keys() - {giver}:
             ratio = met[label] / met[giver]
             left = (stacked[:, [label]] - ratio * stacked[:, [giver]]).data
@@ -415,6 +453,18 @@ def _incidences(
             found.setdefault(key, []).append(index)
             here = np.delete(here, first)
     return found
+
+
+def _of_copies(index: np.ndarray, block: LabelBlock, count: int, size: int) -> np.ndarray:
+    """The neuron of each slice of all copies of a block, of a group of ``count`` times ``size``.
+
+    A group that all copies share, of which there is one, has the same neurons in each of them.
+    """
+    index = index.reshape(block.shape)
+    if block.copies == 1:
+        return index
+    steps = (size if count > 1 else 0) * np.arange(block.copies)
+    return np.where(index < 0, -1, index + steps.reshape((-1,) + (1,) * (index.ndim - 1)))
 
 
 def _incidence(path: str, axes: tuple[int, ...], index: np.ndarray, power: Any) -> Incidence:

@@ -14,19 +14,10 @@ from pathcond_jax._program.control_flow import (
 )
 from pathcond_jax._program.graph import Graph, part_for
 from pathcond_jax._symmetry.equations import Term
-from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, sliced
+from pathcond_jax._symmetry.steps import CARRIED, Loop, follow, follow_once, sliced
 from pathcond_jax._symmetry.structural_rules import stacked_terms
-from pathcond_jax._symmetry.values import (
-    RULES,
-    Scale,
-    Scope,
-    Terms,
-    axes_of,
-    expand,
-    mapped,
-    pin,
-    varies,
-)
+from pathcond_jax._symmetry.terms import Terms, axes_of, mapped, varies
+from pathcond_jax._symmetry.values import RULES, Scale, Scope, expand, pin
 
 _TOO_LARGE = "has too many steps of different scales to follow each"
 # Loops of fewer steps, and of fewer operations in all of them, are followed as if written out.
@@ -47,7 +38,8 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     any scale) and which the body must return. That is a fixed point however many steps later a
     value comes out again. A stacked operand whose slices have different scales, such as the
     kernels of a stack of layers, makes every step another one: they follow each other, each with
-    the scales that the one before has left.
+    the scales that the one before has left. As long as all steps may be alike, one slice stands
+    for all and one step is followed.
     """
     read = set(scope.graph.outputs).union(*(other.inputs for other in scope.graph.nodes))
     live = {k for k, number in enumerate(scope.node.outputs) if number in read}
@@ -58,6 +50,12 @@ def _scan(scope: Scope, *scales: Scale) -> list[Terms]:
     for x in stacked:
         scope.index(x, (0,))
     signal = any(scale.signal for scale in scales)
+    once = {leaf for x in stacked for term in x.terms for leaf, _ in scope.leaf_blocks(term)}
+    if once := once & scope.analysis.once:
+        found = follow_once(Loop(scope, loop, fixed, carry, stacked, signal))
+        if found is None:
+            scope.analysis.unlike |= once
+        return [()] * len(scope.node.outputs) if found is None else found
     if any(varies(x.terms, (0,)) for x in stacked):
         found = follow(Loop(scope, loop, fixed, carry, stacked, signal))
         if found is not None:

@@ -16,16 +16,8 @@ from pathcond_jax._program.primitives import SCATTER_PARAMETERS, runs_only
 from pathcond_jax._symmetry.equations import WILD, Term
 from pathcond_jax._symmetry.homogeneous import keeps_scale
 from pathcond_jax._symmetry.structural_rules import narrowed
-from pathcond_jax._symmetry.values import (
-    MAX_JOINT,
-    RULES,
-    Scale,
-    Scope,
-    Terms,
-    mapped,
-    pin,
-    varies,
-)
+from pathcond_jax._symmetry.terms import Terms, mapped, varies
+from pathcond_jax._symmetry.values import MAX_JOINT, RULES, Scale, Scope, pin
 
 rule = RULES.rule
 

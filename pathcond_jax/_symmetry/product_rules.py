@@ -11,17 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pathcond_jax._symmetry.equations import Term
-from pathcond_jax._symmetry.values import (
-    MAX_JOINT,
-    RULES,
-    Scale,
-    Scope,
-    Terms,
-    has_wild,
-    mapped,
-    pin,
-    powered,
-)
+from pathcond_jax._symmetry.terms import Terms, has_wild, mapped, powered
+from pathcond_jax._symmetry.values import MAX_JOINT, RULES, Scale, Scope, pin
 
 # Products of more factors are followed only where all have one scale.
 _MAX_FACTORS = 16

@@ -18,23 +18,17 @@ from pathcond_jax._program.primitives import find, runs_only
 from pathcond_jax._symmetry import product_rules, structural_rules
 from pathcond_jax._symmetry.equations import Term
 from pathcond_jax._symmetry.homogeneous import keeps_scale
-from pathcond_jax._symmetry.values import (
-    MAX_JOINT,
-    RULES,
-    Scale,
-    ScaleRule,
-    Scope,
+from pathcond_jax._symmetry.terms import (
     Terms,
     axes_of,
-    expand,
     has_wild,
     is_wild,
     mapped,
-    pin,
     powered,
     support,
     varies,
 )
+from pathcond_jax._symmetry.values import MAX_JOINT, RULES, Scale, ScaleRule, Scope, expand, pin
 
 rule = RULES.rule
 

@@ -7,6 +7,9 @@ after; what it demands is written down as data and taken back. Then all steps of
 same at once (``_repeated``), each of labels of its own: what one step calls a label array of some
 shape becomes one array with the steps as its first axis, which is how a stack of layers lies in its
 parameters. The carries are one chain of labels, from one step to the next.
+
+Where every step leaves its carry with the scales that it came with, steps share nothing but these,
+and one step stands for all (``follow_once``): its labels are those that each of them has.
 """
 
 import math
@@ -17,17 +20,10 @@ import numpy as np
 
 from pathcond_jax._program.control_flow import Scan
 from pathcond_jax._program.graph import Node
-from pathcond_jax._symmetry.equations import WILD, LabelBlock, Rows, Term
+from pathcond_jax._symmetry.equations import WILD, LabelBlock, Rows, Term, imply_equal
 from pathcond_jax._symmetry.structural_rules import stacked_terms
-from pathcond_jax._symmetry.values import (
-    Scale,
-    Scope,
-    Terms,
-    axes_of,
-    connected,
-    expand,
-    mapped,
-)
+from pathcond_jax._symmetry.terms import Terms, axes_of, connected, mapped, varies
+from pathcond_jax._symmetry.values import Scale, Scope, expand
 
 # Bounds on what is written down: operations analysed one by one, labels of all steps together.
 _MAX_OPERATIONS = 20_000
@@ -49,6 +45,7 @@ class Loop(NamedTuple):
       carry: those with which it begins.
       stacked: those of what it reads slice by slice.
       signal: whether anything that it reads is a signal.
+      copies: for how many steps of the program each of its steps stands.
     """
 
     scope: Scope
@@ -57,6 +54,7 @@ class Loop(NamedTuple):
     carry: list[Scale]
     stacked: list[Scale]
     signal: bool
+    copies: int = 1
 
     @property
     def order(self) -> Sequence[int]:
@@ -156,8 +154,66 @@ def follow(loop: Loop) -> list[Terms] | None:
     if len(set(slices.patterns)) * len(loop.scan.body.nodes) > _MAX_OPERATIONS:
         return None
     before = analysis.mark()
+    walk = _walked_to_the_end(loop, slices)
+    sizes = [sum(math.prod(block.shape) for block in kind.blocks) for kind in walk.kinds]
+    complete = len(walk.steps) == loop.scan.length
+    if not complete or sum(sizes[kind] for kind in walk.steps.values()) > _MAX_LABELS:
+        analysis.forget(before)
+        return None
+    return _repeated(loop, slices, walk)
+
+
+def follow_once(loop: Loop) -> list[Terms] | None:
+    """The scales of a loop's results where one step stands for all.
+
+    Returns:
+      None if steps may differ or share parameters, or if something that each step has for itself
+      leaves the loop; then nothing is demanded.
+    """
+    analysis, copies = loop.scope.analysis, loop.scan.length
+    loop = loop._replace(scan=loop.scan._replace(length=1), copies=copies)
+    labels = [term.labels[term.labels > 0] for x in loop.stacked for term in x.terms]
+    slices = _Slices([np.unique(np.concatenate(labels))], [b""], apart=True)
+    if any(varies(x.terms, (0,)) for x in loop.stacked) or _held(loop, slices):
+        return None
+    before = analysis.mark()
+    walk = _walked_to_the_end(loop, slices)
+    if _leaves_its_carry(loop, walk):
+        found = _repeated(loop, slices, walk)
+        if not any(_stand_for_many(loop.scope, terms) for terms in found):
+            return found
+    analysis.forget(before)
+    return None
+
+
+def _leaves_its_carry(loop: Loop, walk: _Walk) -> bool:
+    """Whether a step leaves its carry with the scales that it came with, whatever they are."""
+    entering = _zeros_before(loop, walk.forms)
+    if not all(map(np.array_equal, entering, walk.zeros)):
+        return False
+    (kind,) = walk.kinds
+    carried = sum(form is not None for form in walk.forms)
+    before, after = (
+        np.concatenate([[0], *(b.start + np.arange(math.prod(b.shape)) for b in blocks)])
+        for blocks in (kind.blocks[:carried], kind.blocks[len(kind.blocks) - carried :])
+    )
+    reasons = loop.scope.analysis.reasons
+    exact = [rows for rows in kind.rows if not reasons[rows.origin].epsilon]
+    return imply_equal(exact, before, after)
+
+
+def _stand_for_many(scope: Scope, terms: Terms) -> bool:
+    equations = scope.analysis.equations
+    numbers = {k for term in terms for k in equations.block_numbers(term.labels)}
+    return any(equations.blocks[k].copies > 1 for k in numbers)
+
+
+def _walked_to_the_end(loop: Loop, slices: _Slices) -> _Walk:
+    """The steps of a loop, with carries that vary along all axes along which they do at any."""
+    analysis = loop.scope.analysis
+    before = analysis.mark()
     held = _held(loop, slices) - analysis.moved
-    forms = [
+    forms: list[Form] = [
         None if loop.scan.passes(k) or not x.terms else axes_of(x.terms)
         for k, x in enumerate(loop.carry)
     ]
@@ -169,12 +225,7 @@ def follow(loop: Loop) -> list[Terms] | None:
         analysis.forget(before)
         forms = walk.forms
     analysis.moved -= held
-    sizes = [sum(math.prod(block.shape) for block in kind.blocks) for kind in walk.kinds]
-    complete = len(walk.steps) == loop.scan.length
-    if not complete or sum(sizes[kind] for kind in walk.steps.values()) > _MAX_LABELS:
-        analysis.forget(before)
-        return None
-    return _repeated(loop, slices, walk)
+    return walk
 
 
 def _slices(loop: Loop) -> _Slices:
@@ -209,15 +260,13 @@ def _held(loop: Loop, slices: _Slices) -> set[tuple[int, tuple[int, ...]]]:
     terms += [
         term for x in loop.stacked for term in x.terms if len(term.labels) == 1 or not slices.apart
     ]
-    return {block for term in terms for block in loop.scope.leaf_blocks(term)}
+    blocks = {block for term in terms for block in loop.scope.leaf_blocks(term)}
+    return {(leaf, axes) for leaf, axes in blocks if leaf not in loop.scope.analysis.once}
 
 
 def _walked(loop: Loop, slices: _Slices, forms: list[Form]) -> _Walk:
     """Walks through the steps until a carry varies along other axes than ``forms``."""
-    zeros = [
-        _zero_places(() if form is None else x.terms, len(shape))
-        for x, shape, form in zip(loop.carry, loop.shapes, forms, strict=True)
-    ]
+    zeros = _zeros_before(loop, forms)
     numbers: dict[tuple[object, ...], int] = {}
     kinds: list[_Kind] = []
     steps: dict[int, int] = {}
@@ -269,6 +318,14 @@ def _analysed(
     return _Kind(position, *equations.take(before), after, made, places), wider
 
 
+def _zeros_before(loop: Loop, forms: Sequence[Form]) -> list[np.ndarray]:
+    """Per carry, where it is zero when the loop begins."""
+    return [
+        _zero_places(() if form is None else x.terms, len(shape))
+        for x, shape, form in zip(loop.carry, loop.shapes, forms, strict=True)
+    ]
+
+
 def _zero_places(terms: Iterable[Term], ndim: int) -> np.ndarray:
     """Where a value of rank ``ndim`` is known to be zero, with size 1 where that is everywhere."""
     zero = np.zeros((1,) * ndim, bool)
@@ -297,8 +354,11 @@ def _tie(scope: Scope, scale: Scale, labels: np.ndarray) -> None:
 def _repeated(loop: Loop, slices: _Slices, walk: _Walk) -> list[Terms]:
     """Demands of every step what its kind demands."""
     scope, length = loop.scope, loop.scan.length
+    equations = scope.analysis.equations
     chains = [
-        None if form is None else _repeats(scope, _sizes(shape, form), length + 1)
+        None
+        if form is None
+        else equations.new((length + 1, *_sizes(shape, form)), repeats=length + 1)
         for shape, form in zip(loop.shapes, walk.forms, strict=True)
     ]
     for x, chain in zip(loop.carry, chains, strict=True):
@@ -307,9 +367,7 @@ def _repeated(loop: Loop, slices: _Slices, walk: _Walk) -> list[Terms]:
     copies = _copies(loop, slices, walk, [chain for chain in chains if chain is not None])
     for kind, copy in zip(walk.kinds, copies, strict=True):
         for rows in kind.rows:
-            scope.analysis.equations.extend(
-                rows._replace(labels=np.concatenate(copy.of(rows.labels)))
-            )
+            equations.extend(rows._replace(labels=np.concatenate(copy.of(rows.labels))))
         scope.analysis.rounded += [
             (node, dtype, copy.of(labels).reshape(-1)) for node, dtype, labels in kind.rounded
         ]
@@ -332,12 +390,10 @@ def _copies(
     places = [np.array([p for p in range(length) if walk.steps[p] == k]) for k in range(len(inner))]
     shapes = [[block.shape for block in blocks] for blocks in inner]
     if all(each == shapes[0] for each in shapes):
-        arrays = [_made(loop.scope, inner[0], length)] * len(inner)
+        arrays = [_made(loop, inner[0], length)] * len(inner)
         rows = places
     else:
-        arrays = [
-            _made(loop.scope, blocks, len(at)) for blocks, at in zip(inner, places, strict=True)
-        ]
+        arrays = [_made(loop, blocks, len(at)) for blocks, at in zip(inner, places, strict=True)]
         rows = [np.arange(len(at)) for at in places]
     found = []
     for kind, at, row, made in zip(walk.kinds, places, rows, arrays, strict=True):
@@ -357,13 +413,13 @@ def _copies(
     return found
 
 
-def _made(scope: Scope, blocks: Sequence[LabelBlock], count: int) -> list[np.ndarray]:
-    return [_repeats(scope, block.shape, count, block.repeats) for block in blocks]
-
-
-def _repeats(scope: Scope, shape: tuple[int, ...], count: int, repeats: int = 1) -> np.ndarray:
-    """Labels of ``count`` steps, in each of which an operation is repeated already."""
-    return scope.analysis.equations.new((count, *shape), repeats=count * repeats)
+def _made(loop: Loop, blocks: Sequence[LabelBlock], count: int) -> list[np.ndarray]:
+    """Labels of ``count`` steps for what operations create, repeated already or not."""
+    new = loop.scope.analysis.equations.new
+    return [
+        new((count, *block.shape), repeats=count * block.repeats, copies=loop.copies)
+        for block in blocks
+    ]
 
 
 def _put_out(loop: Loop, walk: _Walk, copies: Sequence[_Copies]) -> list[Terms]:

@@ -14,18 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._symmetry.equations import WILD, Term
-from pathcond_jax._symmetry.values import (
-    MAX_JOINT,
-    RULES,
-    Scale,
-    ScaleRule,
-    Scope,
-    Terms,
-    expand,
-    is_wild,
-    mapped,
-    support,
-)
+from pathcond_jax._symmetry.terms import Terms, is_wild, mapped, support
+from pathcond_jax._symmetry.values import MAX_JOINT, RULES, Scale, ScaleRule, Scope, expand
 
 rule = RULES.rule
 

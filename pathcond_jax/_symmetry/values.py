@@ -9,11 +9,10 @@ How to read this file: :class:`Analysis` walks through a program and asks the ru
 for the scales of its results. A rule sees the operation as a :class:`Scope`, whose methods demand
 what must hold (``pin``, ``equate``, ``along``, ``contract``); they add equations and never solve
 them. ``settle`` then names the scale of every signal that parameters have entered: these names are
-the neurons. The functions at the end are arithmetic on terms.
+the neurons.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -26,13 +25,23 @@ from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax._program.kinds import WITHOUT_RULE
 from pathcond_jax._program.primitives import RuleTable
 from pathcond_jax._symmetry.equations import WILD, Equations, Term, cancel, fits_every_scale
+from pathcond_jax._symmetry.terms import (
+    Terms,
+    axes_of,
+    connected,
+    has_wild,
+    is_wild,
+    is_wild_somewhere,
+    mapped,
+    powered,
+    support,
+    varies,
+)
 
 # Labels over several axes of a leaf at once; beyond this they would rival the leaf itself.
 MAX_JOINT = 1 << 20
 _OPAQUE = "does not let a scale pass"
 _TOO_MANY = "relates the scales of more entries than are followed one by one"
-
-Terms = tuple[Term, ...]
 
 
 class Scale(NamedTuple):
@@ -77,17 +86,22 @@ class Analysis:
     Args:
       leaf_shapes: the shapes of the leaves that have scales, by position.
       factors: per leaf, the sets of axes that have labels of their own.
+      once: leaves of which only loops read slices; the labels of one slice stand for all.
     """
 
     def __init__(
         self,
         leaf_shapes: dict[int, tuple[int, ...]],
         factors: dict[int, set[tuple[int, ...]]],
+        once: frozenset[int] = frozenset(),
     ) -> None:
         self.equations = Equations()
         self.reasons: list[Reason] = []
         self.leaf_shapes = leaf_shapes
         self.factors = factors
+        self.once = once
+        # Those of ``once`` whose slices turn out to be read by steps that differ.
+        self.unlike: set[int] = set()
         self.requests: list[tuple[int, tuple[int, ...]]] = []
         self.refused: list[tuple[int, tuple[int, ...]]] = []
         self.moved: set[tuple[int, tuple[int, ...]]] = set()
@@ -96,12 +110,14 @@ class Analysis:
 
     def leaf(self, number: int) -> Scale:
         """Unknown log-scales for a parameter, one label array per set of its axes."""
-        shape = self.leaf_shapes[number]
+        full = self.leaf_shapes[number]
+        shape, copies = ((1, *full[1:]), full[0]) if number in self.once else (full, 1)
         terms = []
         for axes in sorted(self.factors[number]):
-            labels = self.equations.new(tuple(shape[a] for a in axes), number, axes)
-            full = [shape[a] if a in axes else 1 for a in range(len(shape))]
-            terms.append(Term(1.0, labels.reshape(full)))
+            sizes = tuple(shape[a] for a in axes)
+            labels = self.equations.new(sizes, number, axes, copies=copies)
+            place = [n if a in axes else 1 for a, n in enumerate(shape)]
+            terms.append(Term(1.0, labels.reshape(place)))
         return Scale(tuple(terms))
 
     def mark(self) -> tuple[Any, ...]:
@@ -274,7 +290,7 @@ class Scope:
         """A new label array equal to the sum of ``group``."""
         labels = self.new(np.broadcast_shapes(*(term.labels.shape for term in group)))
         self.require([*group, Term(-1.0, labels)], "joins scales")
-        return Term(1.0, np.where(_is_wild_somewhere(group), WILD, labels))
+        return Term(1.0, np.where(is_wild_somewhere(group), WILD, labels))
 
     def settle(self, inputs: Sequence[Scale], output: int, terms: Terms) -> Scale:
         """The scale of an output; a signal that parameters have entered gets its own neurons.
@@ -362,7 +378,7 @@ class Scope:
                 continue
             labels = self.new(rest)
             self.require([*group, Term(-1.0, labels)], because)
-            wild = np.broadcast_to(_is_wild_somewhere(group), shape).all(axis=axes, keepdims=True)
+            wild = np.broadcast_to(is_wild_somewhere(group), shape).all(axis=axes, keepdims=True)
             kept.append(Term(1.0, np.where(wild, WILD, labels)))
         return tuple(kept)
 
@@ -435,65 +451,6 @@ def _check_shapes(terms: Terms, shape: tuple[int, ...]) -> None:
             raise ValueError(f"labels of shape {sizes} for a value of shape {shape}")
 
 
-def varies(terms: Iterable[Term], axes: Iterable[int]) -> bool:
-    """Whether a scale varies along any of ``axes``."""
-    return not axes_of(terms).isdisjoint(axes)
-
-
-def support(term: Term) -> frozenset[int]:
-    """The axes along which a term varies."""
-    return frozenset(a for a, n in enumerate(term.labels.shape) if n > 1)
-
-
-def axes_of(terms: Iterable[Term]) -> frozenset[int]:
-    """The axes along which a scale varies."""
-    return frozenset[int]().union(*map(support, terms))
-
-
-def connected(terms: Iterable[Term]) -> list[list[Term]]:
-    """Terms that share an axis belong together; constant terms join the first group."""
-    groups: list[tuple[frozenset[int], list[Term]]] = []
-    constant: list[Term] = []
-    for term in terms:
-        joined, members = support(term), [term]
-        if not joined:
-            constant.append(term)
-            continue
-        apart = []
-        for other_support, other in groups:
-            if other_support & joined:
-                joined, members = joined | other_support, other + members
-            else:
-                apart.append((other_support, other))
-        groups = [*apart, (joined, members)]
-    found = [members for _, members in groups] or [[]]
-    return [part for part in ([*found[0], *constant], *found[1:]) if part]
-
-
-def is_wild(terms: Sequence[Term]) -> bool:
-    """Whether the value is zero (or infinite) everywhere."""
-    return any((term.labels == WILD).all() for term in terms)
-
-
-def has_wild(terms: Iterable[Term]) -> bool:
-    """Whether the value is known to be zero (or infinite) somewhere."""
-    return any((term.labels == WILD).any() for term in terms)
-
-
-def _is_wild_somewhere(terms: Iterable[Term]) -> np.ndarray:
-    return functools.reduce(np.logical_or, (term.labels == WILD for term in terms))
-
-
 def expand(scale: Scale, ndim: int) -> Terms:
     """The terms at rank ``ndim``: scalars take part in elementwise operations of any rank."""
     return mapped(scale.terms, lambda x: x if x.ndim == ndim else x.reshape((1,) * ndim))
-
-
-def powered(terms: Iterable[Term], power: float) -> Terms:
-    """The scale of a power."""
-    return tuple(Term(power * term.coefficient, term.labels) for term in terms)
-
-
-def mapped(terms: Iterable[Term], move: Callable[[np.ndarray], np.ndarray]) -> Terms:
-    """The scale after an operation that only moves entries."""
-    return tuple(Term(term.coefficient, move(term.labels)) for term in terms)

@@ -1,5 +1,7 @@
 """A scanned stack of layers is one thing: as many groups as in one layer, as free as unrolled."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,63 @@ def test_steps_that_differ_are_followed_each():
     specs = [pathcond.trace_spec(apply_fn(run), params, X) for run in (lax.scan, unrolled)]
     assert specs[0].num_neurons == specs[1].num_neurons
     assert pathcond.check_spec(specs[0], params, X) < 1e-5
+
+
+def of_two_loops(run):
+    """A stack that is walked through twice, the second time from its end."""
+
+    def apply_fn(params, x):
+        def step(h, layer):
+            return h + jnp.maximum(h @ layer["u"], 0.0) @ layer["v"], None
+
+        stacked = {name: params[name] for name in ("u", "v")}
+        h = run(step, x @ params["in"], stacked, reverse=False)[0]
+        return run(step, h, stacked, reverse=True)[0] @ params["out"]
+
+    return apply_fn
+
+
+def of_a_loop_and_a_sum(run):
+    """A stack whose kernels, added up, are one more layer."""
+
+    def apply_fn(params, x):
+        def step(h, layer):
+            return h + jnp.maximum(h @ layer["u"], 0.0) @ layer["v"], None
+
+        stacked = {name: params[name] for name in ("u", "v")}
+        h = run(step, x @ params["in"], stacked, reverse=False)[0]
+        return jnp.maximum(h @ params["u"].sum(0), 0.0) @ params["v"].sum(0) @ params["out"]
+
+    return apply_fn
+
+
+@pytest.mark.parametrize(("network", "hidden"), [(of_two_loops, 4 * 4), (of_a_loop_and_a_sum, 4)])
+def test_what_else_reads_a_stack_counts(network, hidden):
+    params = STACKS["residual"].params(4)
+    specs = [pathcond.trace_spec(network(run), params, X) for run in (lax.scan, unrolled)]
+
+    assert [spec.num_neurons for spec in specs] == [3 + hidden] * 2
+    assert pathcond.check_spec(specs[0], params, X) < 1e-5
+
+
+def test_tracing_needs_no_more_memory_for_more_layers_than_their_neurons_take():
+    def residual(params, h, layer):
+        return h + jnp.maximum(h @ layer["u"], 0.0) @ layer["v"], None
+
+    apply_fn = STACKS["residual"]._replace(layers={"u": (), "v": ()}, step=residual).apply(lax.scan)
+
+    def memory(length):
+        shapes = {"in": (2, 8), "u": (length, 8, 256), "v": (length, 256, 8), "out": (8, 2)}
+        params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+        tracemalloc.start()
+        spec = pathcond.trace_spec(apply_fn, params, X, check=False)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        sides = [side for group in spec.groups for side in (*group.incoming, *group.outgoing)]
+        return most, sum(side.index.nbytes for side in sides)
+
+    (few, held), (many, held_by_many) = [memory(length) for length in (4, 8, 256)][1:]
+    assert many - few < 6 * (held_by_many - held)
 
 
 def test_a_loop_too_long_to_follow_says_so():
