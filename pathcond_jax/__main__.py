@@ -53,17 +53,24 @@ def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         help="where CIFAR-10, MNIST and Fashion-MNIST lie (default: where Debian's package puts "
         "the last one, else data)",
     )
-    group = parser.add_argument_group("instead of the sizes of the study, where it has them")
-    for name, size in sizes.SIZES.items():
-        group.add_argument(
-            sizes.flag(name), dest=name, type=size.read, metavar=size.metavar, help=size.meaning
-        )
+    for title, options in _REPLACED.items():
+        group = parser.add_argument_group(title)
+        for name, size in options.items():
+            group.add_argument(
+                sizes.flag(name), dest=name, type=size.read, metavar=size.metavar, help=size.meaning
+            )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--fresh", action="store_true", help="run again what is finished")
 
 
+_REPLACED = {
+    "instead of the sizes of the study, where it has them": sizes.SIZES,
+    "instead of the networks that quantize and prune train": sizes.OWN,
+}
+
+
 def _run_reproduce(arguments: argparse.Namespace) -> int:
-    from pathcond_jax.experiments import reproduce, sources, study
+    from pathcond_jax.experiments import doors, reproduce, sources, study
 
     if arguments.name == "list":
         width = max(map(len, reproduce.STUDIES))
@@ -71,11 +78,11 @@ def _run_reproduce(arguments: argparse.Namespace) -> int:
             print(f"{name:<{width}}  {summary}")
         return 0
     given = {k: v for k, v in vars(arguments).items() if k != "command"}
-    asked = {name: given.pop(name) for name in sizes.SIZES}
+    asked = {name: given.pop(name) for options in _REPLACED.values() for name in options}
     asked = {name: value for name, value in asked.items() if value is not None}
     try:
         reproduce.main(**given, sizes=asked)
-    except (sources.DataError, study.UsageError) as error:
+    except (sources.DataError, study.UsageError, doors.UserError) as error:
         print(f"pathcond reproduce {arguments.name}: {error}", file=sys.stderr)
         return 1
     return 0

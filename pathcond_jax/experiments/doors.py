@@ -1,8 +1,11 @@
-"""What ``pathcond inspect`` accepts: networks of each library, and checkpoints of parameters."""
+"""Networks of a user's: a function in a file that returns one of any library, and checkpoints."""
 
+import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -95,6 +98,61 @@ DOORS = (
     Door("equinox", "Module", _equinox),
     Door("keras", "Model", _keras),
 )
+
+
+def opened(target: str, checkpoint: Path | None = None) -> Network:
+    """The network that a function in a user's file returns.
+
+    Args:
+      target: ``FILE:FACTORY``, a Python file and a function in it without arguments that returns
+        ``apply_fn, params, example_input`` (or more inputs, for ``apply_fn(params, *inputs)``), or
+        a Flax, Equinox or Keras module and its inputs.
+      checkpoint: a folder written by Orbax, whose parameters take the place of those returned.
+
+    Raises:
+      UserError: there is no such file, function or checkpoint, or it returns something else.
+    """
+    file, _, factory = target.rpartition(":")
+    if not file or not factory:
+        raise UserError(f"{target!r} is not of the form FILE:FACTORY")
+    module = _module(Path(file))
+    function = getattr(module, factory, None)
+    if not callable(function):
+        functions = [name for name, value in vars(module).items() if callable(value)]
+        own = ", ".join(name for name in functions if not name.startswith("_")) or "none"
+        raise UserError(f"{file} has no function {factory!r}; its functions: {own}")
+    found = network(function(), factory)
+    return found if checkpoint is None else restored(found, checkpoint)
+
+
+def in_their_file(error: Exception, target: str) -> str:
+    """An error with its lines from the first of the user's file on; without lines if in none."""
+    path, trace = Path(target.rpartition(":")[0]).resolve(), error.__traceback__
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename) != path:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace)).rstrip()
+
+
+def _module(path: Path) -> ModuleType:
+    """Imports a file; what lies beside it can be imported too."""
+    path = path.resolve()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    # Dataclasses and Flax modules look their module up by name.
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+        if before is not None:
+            sys.modules[path.stem] = before
+    return module
 
 
 def network(returned: Any, factory: str) -> Network:

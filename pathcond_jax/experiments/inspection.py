@@ -2,13 +2,9 @@
 
 import base64
 import html
-import importlib.util
 import io
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +14,7 @@ from rich.console import Console
 
 import pathcond_jax as pathcond
 from pathcond_jax import plotting
-from pathcond_jax.experiments.doors import Network, UserError, network, restored
+from pathcond_jax.experiments.doors import Network, UserError, in_their_file, opened
 
 
 class Findings(NamedTuple):
@@ -55,22 +51,14 @@ def main(
       The exit status: 0, or 1 after an error has been shown.
     """
     console = console or Console()
-    file, _, factory = target.rpartition(":")
-    path = Path(file)
     try:
-        if not file or not factory:
-            raise UserError(f"{target!r} is not of the form FILE:FACTORY")
-        found = _network(path, factory)
-        if checkpoint is not None:
-            found = restored(found, checkpoint)
-        findings = inspect(found)
+        findings = inspect(opened(target, checkpoint))
     except (UserError, pathcond.SpecError) as error:
         message = f"{target}: {error}"
         console.print(message, style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     except Exception as error:
-        shown = traceback.format_exception(type(error), error, theirs(error.__traceback__, path))
-        console.print("".join(shown).rstrip(), highlight=False, markup=False, soft_wrap=True)
+        console.print(in_their_file(error, target), highlight=False, markup=False, soft_wrap=True)
         return 1
     text = "\n\n".join(text for _, text in findings.sections)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -84,46 +72,6 @@ def main(
         if written is not None:
             console.print(f"\nWrote {written}", highlight=False, soft_wrap=True)
     return 0
-
-
-def theirs(trace: TracebackType | None, path: Path) -> TracebackType | None:
-    """The traceback from the first line of the user's file on; None if it is in none."""
-    while trace is not None and Path(trace.tb_frame.f_code.co_filename) != path.resolve():
-        trace = trace.tb_next
-    return trace
-
-
-def _network(path: Path, factory: str) -> Network:
-    """Runs the user's function."""
-    module = _module(path)
-    function = getattr(module, factory, None)
-    if not callable(function):
-        functions = [name for name, value in vars(module).items() if callable(value)]
-        own = ", ".join(name for name in functions if not name.startswith("_")) or "none"
-        raise UserError(f"{path} has no function {factory!r}; its functions: {own}")
-    return network(function(), factory)
-
-
-def _module(path: Path) -> ModuleType:
-    """Imports a file; what lies beside it can be imported too."""
-    path = path.resolve()
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    # Dataclasses and Flax modules look their module up by name.
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-        if before is not None:
-            sys.modules[path.stem] = before
-    return module
 
 
 def inspect(found: Network) -> Findings:

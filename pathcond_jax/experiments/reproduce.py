@@ -3,6 +3,8 @@
 To add a study, write a module as ``study.py`` describes and list it in ``STUDIES``.
 """
 
+import dataclasses
+import functools
 import importlib
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from pathcond_jax.experiments import sources
-from pathcond_jax.experiments.sizes import TAKEN, flag
+from pathcond_jax.experiments import own, sources
+from pathcond_jax.experiments.sizes import OWN, OWN_SIZES, TAKEN, flag
 from pathcond_jax.experiments.store import Store, write_runs, write_tables
 from pathcond_jax.experiments.study import (
     Context,
@@ -84,7 +86,8 @@ def main(
       seed: of everything random.
       dataset: one of the study's data sets; None: the paper's.
       data_dir: where downloaded data sets lie.
-      sizes: what to use instead of the study's own, by the names in ``sizes.TAKEN``.
+      sizes: what to use instead of the study's own, by the names in ``sizes.TAKEN``; a network of
+        the user's is measured again each time.
       fresh: do not use stored results.
       console: where to print.
 
@@ -94,16 +97,22 @@ def main(
     Raises:
       UsageError: the study or data set does not exist, or the study has no such size.
       DataError: a file of the data set is missing or damaged.
+      UserError: the user's network or examples cannot be used.
     """
     console = console or Console()
     module = study(name)
-    options = Options(quick, seed, _dataset(name, module, dataset), _sizes(name, sizes or {}))
+    asked = _sizes(name, sizes or {})
+    theirs = _own(asked, dataset)
+    known = "" if theirs is not None else _dataset(name, module, dataset)
+    options = Options(quick, seed, known, asked)
     if options.dataset in sources.LOADERS:
         # A missing file is better reported now than after an hour of other tasks.
         sources.load(options.dataset, data_dir)
     store = Store(out / name)
     with compiled_fast(quick and name not in MEASURE_TIME):
-        results = _run_all(module, module.tasks(options), store, data_dir, fresh, console)
+        context = Context(data_dir, theirs)
+        again = fresh or theirs is not None
+        results = _run_all(module, module.tasks(options), store, context, again, console)
     report = module.report(results)
     for table in report.tables:
         console.print()
@@ -145,11 +154,27 @@ def _sizes(name: str, asked: Mapping[str, Any]) -> Mapping[str, Any]:
     return asked
 
 
+def _own(asked: Mapping[str, Any], dataset: str | None) -> own.Own | None:
+    """The user's network, if there is one."""
+    given = [name for name in OWN if name in asked]
+    if not given:
+        return None
+    for name in ("weights", "inputs"):
+        if name not in asked:
+            raise UsageError(f"{flag(given[0])} needs {flag(name)}, {OWN[name].meaning}")
+    others = [flag(name) for name in asked if name not in (*OWN, *OWN_SIZES)]
+    others += ["--dataset"] if dataset is not None else []
+    if others:
+        raise UsageError(f"--weights is trained already, {', '.join(others)} would mean nothing")
+    checkpoint = Path(asked["checkpoint"]) if "checkpoint" in asked else None
+    return own.load(asked["weights"], Path(asked["inputs"]), checkpoint, asked.get("subset"))
+
+
 def _run_all(
     module: Study,
     tasks: Sequence[Task],
     store: Store,
-    data_dir: Path | None,
+    context: Context,
     fresh: bool,
     console: Console,
 ) -> list[Result]:
@@ -166,9 +191,9 @@ def _run_all(
             progress.update(bar, description=f"{task.name} ({number + 1}/{len(tasks)})")
             result = None if fresh else store.load(task)
             if result is None:
-                context = Context(data_dir, lambda part: progress.advance(bar, part))
+                advance = functools.partial(progress.advance, bar)
                 start = time.perf_counter()
-                values = module.run(task.settings, context)
+                values = module.run(task.settings, dataclasses.replace(context, advance=advance))
                 result = store.save(task, values, time.perf_counter() - start)
             results.append(result)
             progress.update(bar, completed=number + 1)

@@ -38,6 +38,25 @@ SIZES = {
     "widths": Size(listed(int), "N,...", "channels of each group of layers"),
     "depths": Size(listed(int), "N,...", "numbers of hidden layers"),
 }
+# What is measured instead of what a study trains.
+OWN = {
+    "weights": Size(
+        str,
+        "FILE:FACTORY",
+        "a trained network of yours: a Python file and its function, as `pathcond inspect` takes "
+        "them",
+    ),
+    "checkpoint": Size(str, "DIR", "take its parameters from a folder written by Orbax"),
+    "inputs": Size(
+        str,
+        "FILE",
+        "examples for it: an array (.npy), or several (.npz), the inputs of the network in their "
+        "order and, if known, integer `labels`; without these, what counts is agreement with the "
+        "network itself",
+    ),
+}
+# The sizes that mean something where nothing is trained.
+OWN_SIZES = ("subset", "num_seeds", "methods")
 # The options of each study that takes any.
 _TRAINING = ("subset", "num_epochs", "num_seeds", "learning_rates", "methods")
 TAKEN = {
@@ -45,7 +64,8 @@ TAKEN = {
     "figure3": (*_TRAINING, "widths"),
     "figure5": _TRAINING,
     "helps": _TRAINING,
-    "quantize": ("subset", "num_epochs", "num_seeds", "methods", "networks"),
+    "prune": tuple(OWN),
+    "quantize": ("subset", "num_epochs", "num_seeds", "methods", "networks", *OWN),
 }
 
 

@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from pathcond_jax.experiments.own import Own
+
 
 class UsageError(ValueError):
     """There is no such study, or it has no such data set, option or method."""
@@ -60,10 +62,12 @@ class Context:
 
     Attributes:
       data_dir: where downloaded data sets lie.
+      own: the user's network and examples, where the study is of these.
       advance: call it with the fraction of the task just done, for the progress bar.
     """
 
     data_dir: Path | None = None
+    own: Own | None = None
     advance: Callable[[float], None] = lambda _: None
 
 
