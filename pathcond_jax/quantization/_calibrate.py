@@ -152,7 +152,11 @@ def _sums(
     shapes = jax.eval_shape(lambda weights: run(weights, {})[1], weights)
     moves = {place: jnp.zeros(x.shape, x.dtype) for place, x in shapes.items()}
     outputs, pull, reads = jax.vjp(run, weights, moves, has_aux=True)
-    by_weight, by_site = _squared_derivatives(traced, pull, *_cotangents(outputs, draws, key))
+    # Every grid contains 0: what is 0, as half of what leaves a ReLU, has no error.
+    rounded = {place: x != 0 for place, x in reads.items()}
+    by_weight, by_site = _squared_derivatives(
+        traced, pull, rounded, *_cotangents(outputs, draws, key)
+    )
 
     def each(reduce: Any) -> list[jax.Array]:
         return [_by_channel(site, reads[site.place], reduce) for site in traced.sites]
@@ -193,18 +197,23 @@ def _outputs_and_reads(
 
 
 def _squared_derivatives(
-    traced: Program, pull: Callable[..., Any], cotangents: list[jax.Array], count: float
+    traced: Program,
+    pull: Callable[..., Any],
+    rounded: dict[Place, Any],
+    cotangents: list[jax.Array],
+    count: float,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Squared derivatives by weights and by channels, summed over cotangents, over ``count``."""
+    """Squared derivatives by weights and by channels, summed over cotangents, over ``count``.
+
+    Of activations, only those by entries that are ``rounded`` count.
+    """
 
     def squares(cotangent: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         by_weight, by_move = pull(cotangent)
+        kept = {place: jnp.where(rounded[place], x, 0) for place, x in by_move.items()}
         return (
             [jnp.square(widened(gradient)) / count for gradient in by_weight],
-            [
-                _by_channel(site, by_move[site.place], _sum_of_squares) / count
-                for site in traced.sites
-            ],
+            [_by_channel(site, kept[site.place], _sum_of_squares) / count for site in traced.sites],
         )
 
     def step(sums: Any, cotangent: list[jax.Array]) -> tuple[Any, None]:

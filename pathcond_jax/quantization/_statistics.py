@@ -24,8 +24,9 @@ class Channels:
       maximum: (channels,), the largest value.
       mean: (channels,).
       second_moment: (channels,), the mean of squares.
-      sensitivity: (channels,), the sum over the entries of a channel of the squared derivatives of
-        the outputs, summed over outputs, averaged over examples.
+      sensitivity: (channels,), the sum over the entries of a channel, but for zeros, which every
+        grid contains, of the squared derivatives of the outputs, summed over outputs, averaged over
+        examples.
     """
 
     minimum: jax.Array

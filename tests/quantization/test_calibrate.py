@@ -75,6 +75,15 @@ def test_ranges_and_moments_of_what_kernels_read():
     assert found.channels[4].sensitivity.shape == wanted.shape == (4,)
 
 
+def test_activations_of_zero_are_rounded_without_error():
+    params = {"in": jnp.array([[1.0, -1.0]]), "out": jnp.array([[2.0], [3.0]])}
+    network = lambda params, x: jax.nn.relu(x @ params["in"]) @ params["out"]  # noqa: E731
+    x = jnp.array([[1.0], [-2.0], [3.0], [4.0]])
+    spec = pathcond.trace_spec(network, params, x)
+    found = calibrate(network, params, spec, [x]).channels[1]
+    np.testing.assert_allclose(found.sensitivity, [4 * 3 / 4, 9 * 1 / 4], rtol=1e-6)
+
+
 def test_channels_in_loops_are_those_of_all_steps():
     params, x, spec = made(scanned)
     found = calibrate(scanned, params, spec, [x])
