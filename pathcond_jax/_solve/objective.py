@@ -154,14 +154,17 @@ def _positive(
     counts, _ = reduce_masses(spec, spec.treedef.unflatten(present))
     dtype = compute_dtype(*(count.dtype for count in counts))
     linear = [jnp.zeros(group.size, dtype) for group in spec.groups]
-    for block, count in zip(layout(spec).blocks, counts, strict=True):
-        for axis, per_slice in ((block.rows, count.sum(2)), (block.cols, count.sum(1))):
+    # What is present is written to memory for its sums over rows and over columns; the whole is
+    # that of rows, or it would be written once more.
+    by_row = [computed_once(count.sum(2).astype(dtype)) for count in counts]
+    for block, count, rows in zip(layout(spec).blocks, counts, by_row, strict=True):
+        for axis, per_slice in ((block.rows, rows), (block.cols, count.sum(1))):
             for link in axis.links:
                 own = linear[link.group] + 2 * link.entry * _per_neuron(
                     link, per_slice.astype(dtype), spec.groups[link.group].size
                 )
                 linear[link.group] = own
-    total = jnp.stack([count.astype(dtype).sum() for count in counts]).sum()
+    total = jnp.stack([rows.sum() for rows in by_row]).sum()
     return total, tuple(linear)
 
 

@@ -304,10 +304,10 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
         return first
     # Written where they stay: to concatenate what is computed is to write it twice. Parts of one
     # shape are one kernel as long as XLA does not know where they go.
-    *starts, count = np.cumsum([0, *(part.shape[0] for part in parts)], dtype=np.int32)
+    *starts, count = np.cumsum([part.shape[0] for part in parts], dtype=np.int32)
     hidden = lax.optimization_barrier(np.array(starts))
-    values = jnp.zeros((count, *first.shape[1:]), first.dtype)
-    for k, part in enumerate(parts):
+    values = jnp.pad(first, [(0, count - first.shape[0])] + [(0, 0)] * (first.ndim - 1))
+    for k, part in enumerate(others):
         start = part_of(hidden, k, 1).reshape(())
         values = lax.dynamic_update_slice_in_dim(values, part, start, 0)
     return values

@@ -1,6 +1,7 @@
 """recondition, reconditioned and scale_by_path inside optax."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -614,3 +615,22 @@ def test_donated_parameters_are_not_copied():
     _, _, entry = compiled.as_text().partition("ENTRY")
     assert entry
     assert not re.findall(r"f32\[37,41\]\S* copy\(.*", entry)
+
+
+def test_a_due_update_holds_few_copies_of_the_parameters():
+    """What a step asks for and gives back each time, the C library makes anew if it is much."""
+    sizes = itertools.pairwise((192, 256, 256, 256, 10))
+    params = {
+        f"layer_{k}": {"w": jnp.ones(shape), "b": jnp.ones(shape[1])}
+        for k, shape in enumerate(sizes)
+    }
+    spec = pathcond.chain_spec(params, sorted(params))
+    optimizer = optax.chain(optax.sgd(0.1), pathcond.recondition(spec, every=7))
+
+    def step(params, state):
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params)).compile()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.8 * size
