@@ -35,7 +35,8 @@ CRITERIA = ("equalize", "enorm", "path")
 REPRESENTATIVES = ("trained", "unlucky", *CRITERIA, *NOISE)
 # Of log-scales that are drawn at random.
 SPREADS = {"trained": 0.0, "unlucky": 1.0}
-DRAWS = 32
+# Calibration takes so many examples at once, and so many random combinations of their outputs.
+CALIBRATION_BATCH, DRAWS = 32, 8
 # Factors of all step sizes, over which accuracies and noises are averaged. Where entries fall
 # between grid points is luck: at 4 bits the noise of one rounding is often off by 2 dB.
 STRETCHES = tuple(1 + 0.05 * k for k in range(7))
@@ -83,7 +84,11 @@ def measurements(
       Numbers by name; none of a representative whose criterion the network does not allow.
     """
     apply_fn, params, spec = subject[:3]
-    found = calibrate(apply_fn, params, spec, [tuple(subject.calibration)], draws=DRAWS)
+    batches = [
+        tuple(array[k : k + CALIBRATION_BATCH] for array in subject.calibration)
+        for k in range(0, len(subject.calibration[0]), CALIBRATION_BATCH)
+    ]
+    found = calibrate(apply_fn, params, spec, batches, draws=DRAWS)
     logits = logits_of(apply_fn, params, subject.inputs)
     values = {"float": float(training.accuracy(logits, subject.labels))}
     for name in representatives:

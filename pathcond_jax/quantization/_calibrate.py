@@ -61,7 +61,8 @@ def calibrate(
     The program is run on each batch with hooks where kernels read activations. Squared derivatives
     are those of random combinations of all outputs of a batch, with signs ±1: their mean is the
     sum over outputs and examples. A batch with no more outputs than ``draws`` is differentiated
-    output by output, exactly. A few dozen examples are enough.
+    output by output, exactly. A few dozen examples are enough for weights; for activations take a
+    few hundred, in batches: what exceeds their range on another example is clipped.
 
     Args:
       apply_fn: the network, ``apply_fn(params, *inputs)``; of a network in training mode the
