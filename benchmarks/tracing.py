@@ -3,7 +3,8 @@
     python benchmarks/tracing.py [NETWORK ...] [--json FILE]
 
 Networks: those of published size in the zoo of the tests, those of ``benchmarks/transformers.py``,
-and ``llama-32x4096``, which reads 2048 tokens.
+``gpt2-64`` and ``gpt2-1024``, a GPT-2 of 124 M entries that reads as many tokens, and
+``llama-32x4096``, which reads 2048 tokens.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import jax
 import transformers
+from flax import linen as nn
 
 import pathcond_jax as pathcond
 
@@ -27,12 +29,31 @@ NETWORKS = (
     "blocks-12x256",
     "blocks-12x256-scan",
     "blocks-48x256-scan",
+    "gpt2-64",
+    "gpt2-1024",
     "llama-32x4096",
 )
+
+
+class GPT2(nn.Module):
+    """Tokens and positions, twelve causal blocks of width 768, a head tied to the embedding."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(50257, 768)
+        positions = self.param("positions", nn.initializers.normal(), (1024, 768))
+        x = embed(tokens) + positions[: tokens.shape[-1]]
+        for _ in range(12):
+            x = transformers.CausalBlock(12)(x)
+        return embed.attend(nn.LayerNorm()(x))
+
+
 LARGE = {
+    "gpt2-64": transformers.Network(GPT2(), (1, 64)),
+    "gpt2-1024": transformers.Network(GPT2(), (1, 1024)),
     "llama-32x4096": transformers.Network(
         transformers.LanguageModel(transformers.LlamaBlock, 32, 4096, 64), (1, 2048)
-    )
+    ),
 }
 
 

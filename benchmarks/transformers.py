@@ -48,6 +48,19 @@ class Block(nn.Module):
         return x + nn.Dense(x.shape[-1])(hidden)
 
 
+class CausalBlock(nn.Module):
+    """The same, where no token sees those after it, and GELU."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        y, mask = nn.LayerNorm()(x), nn.make_causal_mask(x[..., 0])
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(y, mask=mask)
+        hidden = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
+        return x + nn.Dense(x.shape[-1])(hidden)
+
+
 class BareBlock(nn.Module):
     """The same with RMSNorm and without biases."""
 
@@ -244,7 +257,7 @@ def _beyond(memory: Any) -> int:
 def measure(network: Network, repeats: int, eager: bool = True) -> dict[str, Any]:
     """All figures of one network."""
     example = jnp.ones(network.shape, network.dtype)
-    params = jax.jit(network.model.init)(jax.random.key(0), example)
+    params = jax.block_until_ready(jax.jit(network.model.init)(jax.random.key(0), example))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     spec, trace = timed(
         lambda: pathcond.trace_spec(network.model.apply, params, example), time.process_time

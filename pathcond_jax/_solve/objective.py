@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathcond_jax._solve.layout import Block, Link, Source, layout
-from pathcond_jax._spec.arrays import compute_dtype, part_of, widened
+from pathcond_jax._spec.arrays import compute_dtype, entries_of, part_of, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal, computed_once
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 from pathcond_jax._spec.spec import ArchSpec
@@ -215,7 +215,8 @@ def reduce_masses(
             for value, source, number in zip(leaves, block.sources, numbers, strict=False)
         ]
         masses.append(functools.reduce(reduction.pair, parts))
-    return tuple(masses), tuple(top.astype(t) for top, t in zip(tops, dtypes, strict=True))
+    typed = zip(entries_of(tops), dtypes, strict=True)
+    return tuple(masses), tuple(top.astype(dtype) for top, dtype in typed)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -23,7 +23,7 @@ from jax import lax
 
 from pathcond_jax._solve.arrangement import Piece, Table, groups_of, table
 from pathcond_jax._solve.objective import LogSum
-from pathcond_jax._spec.arrays import part_of
+from pathcond_jax._spec.arrays import is_traced, part_of
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 
 __all__ = ["Table", "groups_of", "table"]
@@ -296,12 +296,16 @@ def _finite(top: jax.Array) -> jax.Array:
     return jnp.where(top > -jnp.inf, top, 0)
 
 
-@jax.jit
 def _joined(parts: list[jax.Array]) -> jax.Array:
     """Pieces along the batch axis."""
+    if len(parts) == 1:
+        return parts[0]
+    return _written(parts) if is_traced(parts[0]) else lax.concatenate(parts, 0)
+
+
+@jax.jit
+def _written(parts: list[jax.Array]) -> jax.Array:
     first, *others = parts
-    if not others:
-        return first
     # Written where they stay: to concatenate what is computed is to write it twice. Parts of one
     # shape are one kernel as long as XLA does not know where they go.
     *starts, count = np.cumsum([part.shape[0] for part in parts], dtype=np.int32)

@@ -40,6 +40,16 @@ def part_of(array: jax.Array, start: int, size: int) -> jax.Array:
     return _products(array, np.stack([here, np.full_like(here, array.shape[0])], 1))
 
 
+def entries_of(array: jax.Array) -> list[jax.Array]:
+    """The entries of a vector, as scalars.
+
+    Outside of ``jit`` they share what is compiled, whatever their number.
+    """
+    if is_traced(array):
+        return list(array)
+    return [lax.dynamic_index_in_dim(array, np.int32(k), keepdims=False) for k in range(array.size)]
+
+
 @jax.jit
 def _products(array: jax.Array, positions: jax.Array) -> jax.Array:
     """For each row of positions the product of what is there; 1 is behind the end."""

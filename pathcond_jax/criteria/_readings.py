@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pathcond_jax._spec.arrays import part_of, widened
+from pathcond_jax._spec.arrays import entries_of, part_of, widened
 from pathcond_jax._spec.extended_range import (
     ZERO,
     computed_once,
@@ -34,7 +34,7 @@ def powers(
         _power(value, part_of(scales, k, 1), part_of(factors, k, 1), p)
         for k, value in enumerate(wide)
     ]
-    return mantissas, list(exponents)
+    return mantissas, entries_of(exponents)
 
 
 @functools.partial(jax.jit, static_argnums=1)
