@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from pathcond_jax._solve.solution import Solution, log_scales_of
-from pathcond_jax._spec.arrays import compute_dtype, part_of, widened
+from pathcond_jax._spec.arrays import SMALL, compute_dtype, looked_up, part_of, widened
 from pathcond_jax._spec.extended_range import computed_once, times_power_of_two
 from pathcond_jax._spec.log_scales import LogScales as LogScales
 from pathcond_jax._spec.log_scales import concatenated
@@ -197,8 +197,9 @@ def _rescaled(
     keep: jax.Array | None = None,
 ) -> jax.Array:
     """A leaf times its factors; as it is where ``keep``."""
+    part = looked_up if value.size <= SMALL else part_of
     halves = [
-        [part_of(half, meeting.start, meeting.size) for half in factors[meeting.taken]]
+        [part(half, meeting.start, meeting.size) for half in factors[meeting.taken]]
         for meeting in meetings
     ]
     # Where they begin is known: outside of `jit`, equal blocks share what is compiled.

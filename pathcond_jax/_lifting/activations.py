@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._lifting.interpreter import RULES, Lifting, add_all, side_by_side
+from pathcond_jax._lifting.arithmetic import add_all
+from pathcond_jax._lifting.interpreter import RULES, Lifting, side_by_side
 from pathcond_jax._lifting.values import (
     Coefficient,
     Gate,

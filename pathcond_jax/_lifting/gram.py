@@ -35,6 +35,7 @@ from pathcond_jax._lifting import rules  # noqa: F401
 from pathcond_jax._lifting.head import advised
 from pathcond_jax._lifting.interpreter import Lifting
 from pathcond_jax._lifting.paths import list_paths
+from pathcond_jax._lifting.runs import RolledLifting
 from pathcond_jax._lifting.values import (
     NotPathLiftableError,
     RefusedOperationError,
@@ -88,7 +89,7 @@ def path_norm(params: PyTree, spec: ArchSpec, order: int = 2, *, log: bool = Fal
     """
     if order not in (1, 2):
         raise SpecError(f"order is 1 or 2, not {order!r}")
-    total = extended_range.normalized(*_lifting(params, spec, order).total())
+    total = extended_range.normalized(*_lifting(params, spec, order, RolledLifting).total())
     if log:
         dtype = total.mantissa.dtype
         exponent = jnp.where(total.mantissa > 0, total.exponent, 0)
@@ -170,7 +171,7 @@ def scaled_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
 
 def unrefined_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
     """:func:`scaled_gram_diagonal`, where leaves of zeros have the exponent ``ZERO``."""
-    lifting = _lifting(params, spec, 2)
+    lifting = _lifting(params, spec, 2, RolledLifting)
     found = _with_repeated(params, spec, lifting) if lifting.repeated else lifting.derivatives()
     full = [
         _zeros(leaf.shape, lifting.dtype) if part is None else part
@@ -186,7 +187,7 @@ def sum_and_derivatives(
     params: PyTree, spec: ArchSpec, order: int
 ) -> tuple[Scaled, list[Scaled | None]]:
     """Σ_p |Φ_p|^order, and its derivatives by |θ_i|^order, one array or None for each leaf."""
-    lifting = _lifting(params, spec, order)
+    lifting = _lifting(params, spec, order, RolledLifting)
     return extended_range.normalized(*lifting.total()), lifting.derivatives()
 
 
@@ -348,12 +349,18 @@ def sums_over_paths(
     return found
 
 
-def _lifting(params: PyTree, spec: ArchSpec, order: int, **options: Any) -> Lifting:
+def _lifting(
+    params: PyTree,
+    spec: ArchSpec,
+    order: int,
+    kind: type[Lifting] = Lifting,
+    **options: Any,
+) -> Lifting:
     if spec.program is None:
         raise SpecError("this spec has no program to lift; build it with trace_spec")
     trainable = [leaf.trainable for leaf in spec.leaves]
     values = match_leaves(spec, params)
-    lifting = functools.partial(Lifting, spec.program, values, trainable)
+    lifting = functools.partial(kind, spec.program, values, trainable)
     try:
         return lifting(order=order, max_pool=spec.max_pool, **options)
     except RefusedOperationError as refused:

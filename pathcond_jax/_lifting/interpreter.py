@@ -22,6 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathcond_jax._lifting.arithmetic import (
+    SAME,
+    add_all,
+    forward,
+    powered,
+    pulled,
+    sum_all,
+    summed,
+    weighted_sum,
+)
 from pathcond_jax._lifting.values import (
     Call,
     Coefficient,
@@ -85,6 +95,7 @@ class Lifting:
         max_pool: str,
         keep_zero: bool = False,
         mantissas: Sequence[jax.Array] | None = None,
+        entry: Signal | None = None,
     ) -> None:
         self.order, self.max_pool, self.keep_zero = order, max_pool, keep_zero
         self.mantissas = mantissas
@@ -95,13 +106,15 @@ class Lifting:
         self._count = 0
         self.avals: Mapping[int, jax.ShapeDtypeStruct] = graph.avals
         arrays = [jnp.asarray(value) for value in values]
-        floating = [x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+        known = arrays if entry is None else [*arrays, entry.power.mantissa]
+        floating = [x.dtype for x in known if jnp.issubdtype(x.dtype, jnp.floating)]
         self.dtype = max([jnp.dtype(jnp.float32), *floating], key=lambda d: jnp.finfo(d).bits)
         self.leaves = [
             self._leaf(k, array) if flag else Coefficient(array)
             for k, (array, flag) in enumerate(zip(arrays, trainable, strict=True))
         ]
-        inputs = [self._input(graph.avals[k]) for k in graph.inputs[len(values) :]]
+        made = [self._input(graph.avals[k]) for k in graph.inputs[len(values) :]]
+        inputs = made if entry is None else [entry]
         self.outputs = self.run(graph, [*self.leaves, *inputs])
 
     def _leaf(self, number: int, array: jax.Array) -> Coefficient:
@@ -115,8 +128,8 @@ class Lifting:
 
     def weight(self, value: Coefficient) -> Coefficient:
         """Enters a trainable coefficient that is no product of others."""
-        power = self.power(value)
         if self.mantissas is not None:
+            power = self.power(value)
             value.power = power._replace(mantissa=self.mantissas[len(self.weights)])
         self.weights.append(value)
         return value
@@ -125,7 +138,7 @@ class Lifting:
         """The lifted value."""
         assert not isinstance(value, Gate)
         if value.power is None:
-            value.power = _powered(value.raw, self.order, self.dtype, self.keep_zero)
+            value.power = powered(value.raw, self.order, self.dtype, self.keep_zero)
         return value.power
 
     def run(self, graph: Graph, arguments: Sequence[Value]) -> list[Value]:
@@ -183,7 +196,7 @@ class Lifting:
         """A function linear in each factor; ``record`` enters what it makes."""
         powers = [self.power(factor) for factor in factors]
         normalize = _changes_magnitude(factors, multiple_of)
-        return _forward(linear, normalize, self.keep_zero, powers, extra)
+        return forward(linear, normalize, self.keep_zero, powers, extra)
 
     def multiplied(self, linear: Call, *factors: Value, multiple: bool = False) -> Signal:
         """A product of coefficients and one signal."""
@@ -224,7 +237,7 @@ class Lifting:
         raw = linear(*(jnp.asarray(value.raw) for value in values), *extra)
         leaves = {leaf for value in values for leaf in value.entries}
         entries = {leaf: joined_entries(values, leaf, linear, extra) for leaf in leaves}
-        power = _sum(linear, [self.power(value) for value in values], extra)
+        power = summed(linear, [self.power(value) for value in values], extra)
         exact = all(value.exact for value in values)
         made = Coefficient(raw, power, True, None, exact, entries)
         ones = (1,) * len(values)
@@ -253,7 +266,7 @@ class Lifting:
                 met |= value.met
             elif isinstance(value, Coefficient) and value.trainable:
                 met |= self._use(value.entries, 0)
-        made = Signal(_sum(linear, [self.power(v) for v in values], extra), (), met)
+        made = Signal(summed(linear, [self.power(v) for v in values], extra), (), met)
         signs = signs or (1,) * len(values)
         self.records.append(Record(Kind.SUM, values, (made,), linear, extra, signs))
         return made
@@ -282,7 +295,7 @@ class Lifting:
             if exact:
                 slopes = _slopes(node, inputs, self.dtype)
                 # Each path meets one entry, so (∂w/∂θ)² carries the derivative by w² to that by θ².
-                record = Record(Kind.MADE, tuple(inside), (value,), call(_weighted_sum))
+                record = Record(Kind.MADE, tuple(inside), (value,), call(weighted_sum))
                 self.records.append(record._replace(extra=tuple(slopes)))
             found.append(value)
         return found
@@ -306,7 +319,7 @@ class Lifting:
             raise NotPathLiftableError(
                 "no output of the network is reached from its input by paths"
             )
-        return _sum(call(_sum_all), parts, ())
+        return summed(call(sum_all), parts, ())
 
     def derivatives(self, weights: bool = False) -> list[Scaled | None]:
         """∂ total / ∂ power of every leaf, or of every weight; None where no path passes."""
@@ -315,16 +328,25 @@ class Lifting:
         for value in signals_of(self.outputs):
             ones = jnp.ones_like(value.power.mantissa)
             self._accumulate(adjoints, value, Scaled(ones, jnp.zeros((), jnp.int32)))
+        self.pull_back(adjoints, weights)
+        return [adjoints.get(value) for value in (self.weights if weights else self.leaves)]
+
+    def pull_back(self, adjoints: dict[Value, Scaled], weights: bool = False) -> None:
+        """Adds to the derivatives by some values those by all that they are made of."""
         for record in reversed(self.records):
             found = [adjoints.get(value) for value in record.outputs]
             if all(adjoint is None for adjoint in found):
                 continue
             if weights and record.kind is Kind.MADE:
                 continue
-            self._pull(adjoints, record, found)
+            if record.pull is None:
+                self._pull(adjoints, record, found)
+                continue
+            for value, part in zip(record.inputs, record.pull(*found), strict=True):
+                if part is not None:
+                    self._accumulate(adjoints, value, part)
         if not weights:
             self._refuse_inexact(adjoints)
-        return [adjoints.get(value) for value in (self.weights if weights else self.leaves)]
 
     def _pull(
         self, adjoints: dict[Value, Scaled], record: Record, found: Sequence[Scaled | None]
@@ -342,7 +364,7 @@ class Lifting:
             record.inputs, getattr(record.outputs[0], "multiple_of", ())
         )
         normalize = tuple(changed and isinstance(value, Signal) for value in record.inputs)
-        parts = _pulled(
+        parts = pulled(
             record.linear,
             record.kind,
             wanted,
@@ -363,7 +385,7 @@ class Lifting:
 
     def _accumulate(self, adjoints: dict[Value, Scaled], value: Value, part: Scaled) -> None:
         known = adjoints.get(value)
-        adjoints[value] = part if known is None else _sum(call(add_all), [known, part], ())
+        adjoints[value] = part if known is None else summed(call(add_all), [known, part], ())
 
     def _refuse_inexact(self, adjoints: Mapping[Value, Scaled]) -> None:
         for weight in self.weights:
@@ -399,88 +421,6 @@ def _changes_magnitude(factors: Sequence[Value], multiple_of: Sequence[Signal]) 
     """
     several = len(factors) > 1 and not all(map(is_fixed_scalar, factors[1:]))
     return several and not 0 < len(multiple_of) <= _MULTIPLES_IN_A_ROW
-
-
-_powered = jax.jit(extended_range.powered, static_argnums=(1, 2, 3))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(linear: Call, normalize: bool, keep_zero: bool, powers: Any, extra: Any) -> Scaled:
-    mantissa = linear(*(power.mantissa for power in powers), *extra)
-    exponent = sum((power.exponent for power in powers[1:]), powers[0].exponent)
-    if normalize:
-        return extended_range.normalized(mantissa, exponent, keep_zero)
-    return Scaled(mantissa, exponent)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sum(linear: Call, powers: Sequence[Scaled], extra: Any) -> Scaled:
-    mantissas, exponent = extended_range.aligned(powers)
-    return Scaled(linear(*mantissas, *extra), exponent)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _pulled(
-    linear: Call,
-    kind: Kind,
-    wanted: tuple[bool, ...],
-    normalize: tuple[bool, ...],
-    keep_zero: bool,
-    powers: Sequence[Scaled],
-    extra: Any,
-    found: Sequence[Scaled],
-) -> list[Scaled]:
-    """The derivatives by the inputs ``wanted`` of a record, from those by its outputs."""
-    sums = kind is Kind.SUM
-    mantissas = extended_range.aligned(powers)[0] if sums else [power.mantissa for power in powers]
-    chosen = [k for k, flag in enumerate(wanted) if flag]
-
-    def of_wanted(*values: jax.Array) -> Any:
-        full = list(mantissas)
-        for k, value in zip(chosen, values, strict=True):
-            full[k] = value
-        return linear(*full, *extra)
-
-    out, pull = jax.vjp(of_wanted, *(mantissas[k] for k in chosen))
-    adjoints, exponent = extended_range.aligned(found)
-    parts = []
-    for k, part in zip(
-        chosen, pull(adjoints if isinstance(out, list) else adjoints[0]), strict=True
-    ):
-        others = [power.exponent for j, power in enumerate(powers) if j != k]
-        total = sum(others, exponent) if kind is Kind.PRODUCT else exponent
-        made = (
-            extended_range.normalized(part, total, keep_zero)
-            if normalize[k]
-            else Scaled(part, total)
-        )
-        parts.append(made)
-    return parts
-
-
-# Functions linear in their arrays; calls of them with equal options compile once.
-
-
-def same_value(x: jax.Array) -> jax.Array:
-    """The array itself."""
-    return x
-
-
-def add_all(*parts: jax.Array) -> jax.Array:
-    """The sum of arrays of one shape."""
-    return functools.reduce(jnp.add, parts)
-
-
-def _sum_all(*parts: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.add, [part.sum() for part in parts])
-
-
-def _weighted_sum(*parts: jax.Array) -> jax.Array:
-    values, weights = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-    return functools.reduce(jnp.add, [x * w for x, w in zip(values, weights, strict=True)])
-
-
-SAME = call(same_value)
 
 
 def _slopes(node: Node, inputs: Sequence[Coefficient], dtype: Any) -> list[jax.Array]:

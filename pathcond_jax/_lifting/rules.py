@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pathcond_jax._lifting.activations import gated
-from pathcond_jax._lifting.interpreter import RULES, SAME, Lifting, add_all, side_by_side
+from pathcond_jax._lifting.arithmetic import SAME, add_all
+from pathcond_jax._lifting.interpreter import RULES, Lifting, side_by_side
 from pathcond_jax._lifting.values import (
     Call,
     Coefficient,

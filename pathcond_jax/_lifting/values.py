@@ -126,6 +126,8 @@ class Record(NamedTuple):
       linear: from mantissas to mantissas.
       extra: further arguments of ``linear``.
       signs: the sign with which each input enters.
+      pull: from the derivatives by the outputs to those by the inputs, None where no path passes;
+        None: those of ``linear``.
     """
 
     kind: Kind
@@ -134,6 +136,7 @@ class Record(NamedTuple):
     linear: Call
     extra: tuple[Any, ...] = ()
     signs: tuple[int, ...] = ()
+    pull: Callable[..., Sequence[Scaled | None]] | None = None
 
 
 def at(node: Node) -> str:

@@ -11,7 +11,7 @@ from pathcond_jax._solve import stacks
 from pathcond_jax._solve.objective import LogSum, Objective, Smooth
 from pathcond_jax._solve.stacks import Masses, Table, Weights
 from pathcond_jax._spec.arrays import compute_dtype
-from pathcond_jax._spec.log_scales import by_group, concatenated
+from pathcond_jax._spec.log_scales import by_group
 from pathcond_jax._spec.spec import ArchSpec
 
 
@@ -130,7 +130,7 @@ def make(objective: Objective, spec: ArchSpec, limit: jax.Array) -> Problem:
 
 def _problem(objective: Objective, spec: ArchSpec, limit: jax.Array, dtype: Any) -> Problem:
     table, terms = stacks.table(spec), objective.terms
-    linear = None if objective.linear is None else concatenated(objective.linear, dtype)
+    linear = None if objective.linear is None else jnp.asarray(objective.linear).astype(dtype)
     finite, origin = jnp.asarray(objective.finite), jnp.zeros((table.size,), dtype)
     for term in terms:
         finite &= stacks.are_masses(term)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._solve.layout import Block, Link, Source, layout
-from pathcond_jax._spec.arrays import compute_dtype, entries_of, part_of, widened
+from pathcond_jax._solve.layout import Block, Source, layout
+from pathcond_jax._spec.arrays import Part, compute_dtype, each, entries_of, widened
 from pathcond_jax._spec.extended_range import ScaledDiagonal, computed_once
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 from pathcond_jax._spec.spec import ArchSpec
@@ -70,11 +70,11 @@ class Smooth(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a solver minimizes, ``Σ terms + Σ smooth − Σ concave − Σ_g ⟨linear_g, z_g⟩``.
+    """What a solver minimizes, ``Σ terms + Σ smooth − Σ concave − ⟨linear, z⟩``.
 
     Attributes:
       terms: logarithms of sums, convex.
-      linear: b, one array per group; None: there is none, which the solvers need not ask for.
+      linear: b, (H,); None: there is none, which the solvers need not ask for.
       smooth: other convex functions.
       concave: logarithms of sums that are to grow.
       limit: the box |z| ≤ limit outside of which the objective means nothing; None: no box.
@@ -82,7 +82,7 @@ class Objective(NamedTuple):
     """
 
     terms: tuple[LogSum, ...]
-    linear: tuple[np.ndarray | jax.Array, ...] | None = None
+    linear: np.ndarray | jax.Array | None = None
     smooth: tuple[Smooth, ...] = ()
     concave: tuple[LogSum, ...] = ()
     limit: float | None = None
@@ -118,74 +118,34 @@ class Ranges(NamedTuple):
 Goal = Objective | Ranges
 
 
-def path_objective(spec: ArchSpec, gram: PyTree | ScaledDiagonal) -> Objective:
-    """The log-det Bregman criterion ``p log Σ g e^{2Bz} − Σ 2(Bz)``.
-
-    Both sums, and the count p, are over the trainable entries with g_i > 0. An entry without any
-    path, such as a kernel position that only ever sees padding, has g_i = 0 at every
-    representative: no scale brings it nearer to the others, and ``conditioning_score`` leaves it
-    out too, so that p times the change of the score is the change of F. Where all g_i > 0 this is
-    the criterion of the paper.
-
-    Args:
-      spec: the architecture.
-      gram: the Gram diagonal g, like the parameters; or its scaled form.
-
-    Returns:
-      The objective, reduced.
-
-    References:
-      Lebeurrier, Vayer, Gribonval, *Path-conditioned training*, 2026, arXiv 2602.19799.
-    """
-    masses, log_scales = reduce_masses(spec, gram)
-    count, linear = _positive(gram, spec.symmetry)
-    return Objective((LogSum(count, 2.0, masses, log_scales),), linear)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _positive(
-    gram: PyTree | ScaledDiagonal, spec: ArchSpec
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """How many trainable entries are positive, and Σ 2(Bz) over them as a function of z."""
-    tree = gram.mantissa if isinstance(gram, ScaledDiagonal) else gram
-    values = match_leaves(spec, tree, "gram")
-    # What is NaN or negative is counted: the masses tell the solver.
-    present = [jnp.where(value == 0, 0, jnp.ones_like(widened(value))) for value in values]
-    counts, _ = reduce_masses(spec, spec.treedef.unflatten(present))
-    dtype = compute_dtype(*(count.dtype for count in counts))
-    linear = [jnp.zeros(group.size, dtype) for group in spec.groups]
-    # What is present is written to memory for its sums over rows and over columns; the whole is
-    # that of rows, or it would be written once more.
-    by_row = [computed_once(count.sum(2).astype(dtype)) for count in counts]
-    for block, count, rows in zip(layout(spec).blocks, counts, by_row, strict=True):
-        for axis, per_slice in ((block.rows, rows), (block.cols, count.sum(1))):
-            for link in axis.links:
-                own = linear[link.group] + 2 * link.entry * _per_neuron(
-                    link, per_slice.astype(dtype), spec.groups[link.group].size
-                )
-                linear[link.group] = own
-    total = jnp.stack([rows.sum() for rows in by_row]).sum()
-    return total, tuple(linear)
-
-
-def _per_neuron(link: Link, per_slice: jax.Array, size: int) -> jax.Array:
-    """Sums (batch, slices) over the slices of each neuron."""
-    if link.neurons is None:
-        return per_slice.sum(0)
-    segments = np.where(link.neurons < 0, size, link.neurons).reshape(-1)
-    return segment_sum(per_slice.reshape(-1), segments.astype(np.int32), size + 1)[:size]
-
-
 class Reduction(NamedTuple):
-    """How entries that share their row of B become one: over axes, over segments, pairwise."""
+    """How entries that share their row of B become one: over axes, over segments, pairwise.
+
+    Attributes:
+      axes: over axes of an array.
+      segments: over segments of the first axis.
+      pair: of two arrays.
+      entry: what is reduced, a function of the entries.
+    """
 
     axes: Callable[..., jax.Array]
     segments: Callable[..., jax.Array]
     pair: Callable[[jax.Array, jax.Array], jax.Array]
+    entry: Callable[[jax.Array], jax.Array]
 
 
-SUM = Reduction(jnp.sum, segment_sum, jnp.add)
-MAX = Reduction(jnp.max, segment_max, jnp.maximum)
+def _itself(value: jax.Array) -> jax.Array:
+    return value
+
+
+def _present(value: jax.Array) -> jax.Array:
+    # What is NaN or negative is counted: the masses tell the solver.
+    return jnp.where(value == 0, 0, jnp.ones_like(value))
+
+
+SUM = Reduction(jnp.sum, segment_sum, jnp.add, _itself)
+MAX = Reduction(jnp.max, segment_max, jnp.maximum, _itself)
+COUNT = Reduction(jnp.sum, segment_sum, jnp.add, _present)
 
 
 def reduce_masses(
@@ -205,18 +165,32 @@ def reduce_masses(
     else:
         factors, tops = None, jnp.zeros((len(blocks),), compute_dtype(*dtypes))
 
-    def factor(number: int) -> jax.Array | None:
-        return None if factors is None else part_of(factors, number, 1)
-
-    numbers, masses = itertools.count(), []
-    for block, leaves, dtype in zip(blocks, found, dtypes, strict=True):
-        parts = [
-            _part(value, factor(number), _role(block, source), reduction, dtype)
-            for value, source, number in zip(leaves, block.sources, numbers, strict=False)
-        ]
-        masses.append(functools.reduce(reduction.pair, parts))
+    numbers = itertools.count()
+    arguments = [
+        (value, None if factors is None else Part(factors, next(numbers), 1))
+        for leaves in found
+        for value in leaves
+    ]
+    options = [
+        (_role(block, source), reduction, dtype)
+        for block, dtype in zip(blocks, dtypes, strict=True)
+        for source in block.sources
+    ]
+    parts = iter(each(_part, arguments, options))
+    masses = _paired([[next(parts) for _ in leaves] for leaves in found], reduction.pair)
     typed = zip(entries_of(tops), dtypes, strict=True)
     return tuple(masses), tuple(top.astype(dtype) for top, dtype in typed)
+
+
+def _paired(parts: list[list[jax.Array]], pair: Callable[..., jax.Array]) -> list[jax.Array]:
+    """The parts of each block in one."""
+    made = [first for first, *_ in parts]
+    for further in range(1, max(map(len, parts))):
+        chosen = [k for k, own in enumerate(parts) if len(own) > further]
+        pairs = [(made[k], parts[k][further]) for k in chosen]
+        for k, both in zip(chosen, each(pair, pairs, [()] * len(pairs)), strict=True):
+            made[k] = both
+    return made
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -264,6 +238,7 @@ def _part(
 ) -> jax.Array:
     """A leaf reduced to its block, times its factor."""
     batch, rows, cols = role.axes
+    value = reduction.entry(value)
     kept = batch + rows + cols
     rest = tuple(a for a in range(value.ndim) if a not in kept)
     value = jnp.transpose(reduction.axes(value, axis=rest, keepdims=True), kept + rest)

@@ -25,7 +25,8 @@ from pathcond_jax._solve import (
 from pathcond_jax._solve.equal_ranges import RangeProblem
 from pathcond_jax._solve.flat_objective import Minimize, Problem
 from pathcond_jax._solve.layout import layout
-from pathcond_jax._solve.objective import Goal, LogSum, Objective, Ranges, path_objective
+from pathcond_jax._solve.objective import Goal, LogSum, Objective, Ranges
+from pathcond_jax._solve.path import path_objective
 from pathcond_jax._solve.solution import Solution, Status, log_scales_of, solution_of
 from pathcond_jax._solve.stacks import Table
 from pathcond_jax._spec.arrays import is_traced

@@ -23,7 +23,7 @@ from jax import lax
 
 from pathcond_jax._solve.arrangement import Piece, Table, groups_of, table
 from pathcond_jax._solve.objective import LogSum
-from pathcond_jax._spec.arrays import is_traced, part_of
+from pathcond_jax._spec.arrays import SMALL, each, is_traced, part_of, side_by_side
 from pathcond_jax._spec.sharding import segment_max, segment_sum
 
 __all__ = ["Table", "groups_of", "table"]
@@ -68,9 +68,9 @@ def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> LogSum:
     Beside each stack are, for each of its batch entries, the logarithms of their scales.
     """
     # One program per stack outside of `jit`, whatever the number of its blocks.
-    masses = [
-        _joined([_fitted(term.masses[p.block], p, dtype) for p in stack]) for stack in table.stacks
-    ]
+    arrays = [(term.masses[piece.block],) for piece in table.pieces]
+    fitted = iter(each(_fitted, arrays, [(*_fit(piece), dtype) for piece in table.pieces]))
+    masses = [_joined([next(fitted) for _ in stack]) for stack in table.stacks]
     scales = jnp.stack([scale.astype(dtype) for scale in term.log_scales])
     owners = [
         np.repeat([p.block for p in stack], [p.shape[0] for p in stack]) for stack in table.stacks
@@ -300,7 +300,10 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
     """Pieces along the batch axis."""
     if len(parts) == 1:
         return parts[0]
-    return _written(parts) if is_traced(parts[0]) else lax.concatenate(parts, 0)
+    if not is_traced(parts[0]):
+        return lax.concatenate(parts, 0)
+    small = max(part.size for part in parts) <= SMALL
+    return side_by_side(parts, parts[0].shape[1:]) if small else _written(parts)
 
 
 @jax.jit
@@ -331,14 +334,41 @@ def _equilibrated(
     return values, rows[:, :, 0] + logs[:, None], cols[:, 0, :]
 
 
-def _fitted(values: jax.Array, piece: Piece, dtype: jnp.dtype) -> jax.Array:
+class _Places(NamedTuple):
+    """Index arrays as a static argument."""
+
+    shape: tuple[int, ...]
+    numbers: tuple[bytes, ...]
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays."""
+        return tuple(np.frombuffer(part, np.int32).reshape(self.shape) for part in self.numbers)
+
+
+def _places(arrays: tuple[np.ndarray, ...]) -> _Places:
+    return _Places(arrays[0].shape, tuple(np.asarray(a, np.int32).tobytes() for a in arrays))
+
+
+def _fit(piece: Piece) -> tuple[tuple[int, ...], _Places | None, tuple[_Places, ...]]:
+    """Where in a stack the masses of a piece lie, and which of its block's they are."""
+    picked = None if piece.picked is None else _places(piece.picked)
+    return piece.shape, picked, tuple(map(_places, piece.cleared))
+
+
+def _fitted(
+    values: jax.Array,
+    shape: tuple[int, ...],
+    picked: _Places | None,
+    cleared: tuple[_Places, ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
     """The masses of a block where those of a piece lie in a stack."""
     values = values.astype(dtype)
-    for entries in piece.cleared:
-        values = values.at[entries].set(0)
-    if piece.picked is not None:
-        values = values[piece.picked][None, :, None]
+    for places in cleared:
+        values = values.at[places.arrays()].set(0)
+    if picked is not None:
+        values = values[picked.arrays()][None, :, None]
     if values.shape[2] == 1:
-        values = values.reshape(piece.shape[0], -1, 1)
-    missing = [(0, wanted - n) for wanted, n in zip(piece.shape, values.shape, strict=True)]
+        values = values.reshape(shape[0], -1, 1)
+    missing = [(0, wanted - n) for wanted, n in zip(shape, values.shape, strict=True)]
     return jnp.pad(values, missing) if any(n for _, n in missing) else values

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pathcond_jax._spec.arrays import compute_dtype
+from pathcond_jax._spec.arrays import compute_dtype, each_in_one
 from pathcond_jax._spec.types import PyTree
 
 # The exponent of an array of zeros: below all others, and far from the end of int32.
@@ -78,10 +78,12 @@ def largest(values: Sequence[jax.Array]) -> jax.Array:
     Returns:
       ``(len(values),)`` in the dtype to compute in.
     """
-    # Each by itself: to join vectors would let XLA divide a replicated one as its neighbors are.
     dtype = compute_dtype(*(value.dtype for value in values))
-    zero = jnp.zeros((), dtype)
-    return jnp.stack([_top(value).astype(dtype) if value.size else zero for value in values])
+    return each_in_one(_top_as, [(value,) for value in values], [(dtype,)] * len(values))
+
+
+def _top_as(value: jax.Array, dtype: Any) -> jax.Array:
+    return _top(value).astype(dtype) if value.size else jnp.zeros((), dtype)
 
 
 @jax.jit

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._spec.arrays import part_of
+from pathcond_jax._spec.arrays import looked_up
 
 LogScales = tuple[jax.Array, ...]
 """z, one array ``(group.size,)`` per group of a spec, in its order; the scales are λ = e^z."""
@@ -29,4 +29,4 @@ def by_group(values: jax.Array, sizes: Sequence[int]) -> LogScales:
       One array per group.
     """
     starts = np.cumsum([0, *sizes], dtype=int)
-    return tuple(part_of(values, int(k), size) for k, size in zip(starts, sizes, strict=False))
+    return tuple(looked_up(values, int(k), size) for k, size in zip(starts, sizes, strict=False))

@@ -186,7 +186,7 @@ def _added(one: Objective, two: Objective) -> Objective:
     linear = [goal.linear for goal in (one, two) if goal.linear is not None]
     return Objective(
         (*one.terms, *two.terms),
-        tuple(map(_sum, zip(*linear, strict=True))) if linear else None,
+        _sum(linear) if linear else None,
         (*one.smooth, *two.smooth),
         (*one.concave, *two.concave),
         min(limits, default=None),
@@ -204,7 +204,7 @@ def _scaled(factor: float | jax.Array, goal: Objective) -> Objective:
 
     return goal._replace(
         terms=scale(goal.terms),
-        linear=None if goal.linear is None else tuple(factor * part for part in goal.linear),
+        linear=None if goal.linear is None else factor * goal.linear,
         smooth=scale(goal.smooth),
         concave=scale(goal.concave),
     )

@@ -51,7 +51,8 @@ import numpy as np
 from pathcond_jax._lifting.gram import unrefined_gram_diagonal
 from pathcond_jax._program import roles
 from pathcond_jax._solve.layout import layout
-from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
+from pathcond_jax._solve.objective import LogSum, Objective, Smooth, reduce_masses
+from pathcond_jax._solve.path import path_objective
 from pathcond_jax._spec.arrays import compute_dtype
 from pathcond_jax._spec.extended_range import ScaledDiagonal
 from pathcond_jax._spec.spec import ArchSpec
@@ -329,7 +330,7 @@ def weighted(
         match_leaves(spec, tree, "weights")
         term = LogSum(float(spec.num_parameters), float(exponent), *reduce_masses(spec, tree))
         factor = tilt * exponent
-        return Objective((term,), tuple(factor * s for s in layout(spec).surplus))
+        return Objective((term,), factor * np.concatenate(layout(spec).surplus))
 
     return Balance("weighted", objective)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pathcond_jax._spec.arrays import entries_of, part_of, widened
+from pathcond_jax._spec.arrays import Part, each, entries_of, widened
 from pathcond_jax._spec.extended_range import (
     ZERO,
     computed_once,
@@ -30,11 +30,8 @@ def powers(
     wide = [widened(value) for value in values]
     tops = largest(wide)
     scales, factors, exponents = _normalizing(tops, p, np.array(extra, tops.dtype))
-    mantissas = [
-        _power(value, part_of(scales, k, 1), part_of(factors, k, 1), p)
-        for k, value in enumerate(wide)
-    ]
-    return mantissas, entries_of(exponents)
+    arguments = [(value, Part(scales, k, 1), Part(factors, k, 1)) for k, value in enumerate(wide)]
+    return each(_power, arguments, [(p,)] * len(wide)), entries_of(exponents)
 
 
 @functools.partial(jax.jit, static_argnums=1)

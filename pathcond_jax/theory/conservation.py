@@ -126,7 +126,8 @@ def rescale_to(
     masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, squares))
     energy = jnp.exp(balanced.objective / spec.num_parameters)
     function = jax.tree_util.Partial(_tilted_energy(spec), masses, energy)
-    goal = Objective((), tuple(-jnp.asarray(part) for part in target), (Smooth(energy, function),))
+    linear = -jnp.concatenate([jnp.asarray(part) for part in target])
+    goal = Objective((), linear, (Smooth(energy, function),))
     options = {"max_steps": 200, "initial": balanced.log_scales, **options}
     solution = solve(goal, spec, **options)
     return rescale(params, spec, solution.log_scales), solution

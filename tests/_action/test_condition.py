@@ -16,7 +16,7 @@ from jax import monitoring
 
 import pathcond_jax as pathcond
 from pathcond_jax._action.check import random_log_scales
-from pathcond_jax._solve.objective import path_objective
+from pathcond_jax._solve.path import path_objective
 
 
 class LinenMLP(nn.Module):
@@ -471,7 +471,7 @@ class TestOptimum:
         there, from_there = pathcond.condition(moved, mlp.spec)
         # F changes by the linear term of the shift.
         linear = path_objective(mlp.spec, pathcond.gram_diagonal(mlp.params, mlp.spec)).linear
-        shift = sum(float(b @ np.asarray(z)) for b, z in zip(linear, scales, strict=True))
+        shift = float(linear @ np.concatenate(scales))
         objective = from_there.objective - shift
         np.testing.assert_allclose(objective, solution.objective, rtol=1e-6)
         assert_close(there, here, rtol=1e-2)
@@ -485,7 +485,7 @@ class TestOptimum:
         def objective(log_scales):
             moved = pathcond.rescale(gram, mlp.spec, log_scales, power=-2)
             total = sum(leaf.sum() for leaf in jax.tree.leaves(moved))
-            tilt = sum(float(b @ np.asarray(z)) for b, z in zip(linear, log_scales, strict=True))
+            tilt = float(linear @ np.concatenate(log_scales))
             return mlp.spec.num_parameters * float(jnp.log(total)) - tilt
 
         best = objective(solution.log_scales)

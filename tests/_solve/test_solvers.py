@@ -13,7 +13,8 @@ import scipy.optimize
 
 from pathcond_jax._solve import stacks
 from pathcond_jax._solve.block import colors
-from pathcond_jax._solve.objective import LogSum, Objective, Smooth, path_objective, reduce_masses
+from pathcond_jax._solve.objective import LogSum, Objective, Smooth, reduce_masses
+from pathcond_jax._solve.path import path_objective
 from pathcond_jax._solve.solution import Solution, Status
 from pathcond_jax._solve.solve import default_limit, solve
 from pathcond_jax._spec.extended_range import ScaledDiagonal
@@ -544,8 +545,8 @@ def test_a_sum_of_terms(few):
 def test_a_single_norm(few, method):
     gram, spec = few
     dense, reduced = norm_terms(spec, gram, 1.0)
-    zero = tuple(np.zeros(group.size) for group in spec.groups)
-    z, value = minimum((incidences(spec), [dense], join(zero)))
+    zero = np.zeros(spec.num_neurons)
+    z, value = minimum((incidences(spec), [dense], zero))
     solution = solve(Objective((reduced,), zero), spec, method=method, max_steps=20000, tol=1e-9)
     np.testing.assert_allclose(solution.objective, value, rtol=1e-9)
     np.testing.assert_allclose(join(solution.log_scales), z, rtol=0, atol=1e-4)
@@ -570,7 +571,7 @@ def test_smooth_functions(few):
     np.testing.assert_allclose(join(solution.log_scales), found.x, rtol=0, atol=1e-5)
     alone = solve(
         path_objective(spec, gram)._replace(
-            terms=(), linear=tuple(np.zeros(g.size) for g in spec.groups), smooth=(smooth,)
+            terms=(), linear=np.zeros(spec.num_neurons), smooth=(smooth,)
         ),
         spec,
     )
