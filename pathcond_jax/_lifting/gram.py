@@ -35,7 +35,7 @@ from pathcond_jax._lifting import rules  # noqa: F401
 from pathcond_jax._lifting.head import advised
 from pathcond_jax._lifting.interpreter import Lifting
 from pathcond_jax._lifting.paths import list_paths
-from pathcond_jax._lifting.runs import RolledLifting
+from pathcond_jax._lifting.runs import ApartLifting, RolledLifting
 from pathcond_jax._lifting.values import (
     NotPathLiftableError,
     RefusedOperationError,
@@ -165,13 +165,15 @@ def scaled_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
       >>> round(float(gram.mantissa["b"]["w"][0, 0]), 3), int(gram.exponent["b"]["w"])
       (1.245, 199)
     """
-    found = unrefined_gram_diagonal(params, spec)
+    found = unrefined_gram_diagonal(params, spec, ApartLifting)
     return found._replace(exponent=jax.tree.map(_shown, found.exponent))
 
 
-def unrefined_gram_diagonal(params: PyTree, spec: ArchSpec) -> ScaledDiagonal:
+def unrefined_gram_diagonal(
+    params: PyTree, spec: ArchSpec, kind: type[Lifting] = RolledLifting
+) -> ScaledDiagonal:
     """:func:`scaled_gram_diagonal`, where leaves of zeros have the exponent ``ZERO``."""
-    lifting = _lifting(params, spec, 2, RolledLifting)
+    lifting = _lifting(params, spec, 2, kind)
     found = _with_repeated(params, spec, lifting) if lifting.repeated else lifting.derivatives()
     full = [
         _zeros(leaf.shape, lifting.dtype) if part is None else part
@@ -187,7 +189,7 @@ def sum_and_derivatives(
     params: PyTree, spec: ArchSpec, order: int
 ) -> tuple[Scaled, list[Scaled | None]]:
     """Σ_p |Φ_p|^order, and its derivatives by |θ_i|^order, one array or None for each leaf."""
-    lifting = _lifting(params, spec, order, RolledLifting)
+    lifting = _lifting(params, spec, order, ApartLifting)
     return extended_range.normalized(*lifting.total()), lifting.derivatives()
 
 

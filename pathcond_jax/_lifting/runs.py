@@ -61,8 +61,21 @@ class RolledLifting(Lifting):
             return _run(self, node, inputs)
         return super()._apply(graph, node, inputs)
 
+    def entries(self, values: jax.Array, numbers: Sequence[int]) -> list[jax.Array]:
+        """The derivatives by the leaves ``numbers``, which lie side by side in this order."""
+        return _hidden(values) if values[0].size > SMALL else _in_order(values, numbers)
 
-def _run(lifting: Lifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
+
+class ApartLifting(RolledLifting):
+    """The same for derivatives that nobody puts together again."""
+
+    def entries(self, values: jax.Array, numbers: Sequence[int]) -> list[jax.Array]:
+        """The derivatives, each by a kernel that is compiled once for all."""
+        del numbers
+        return _hidden(values)
+
+
+def _run(lifting: RolledLifting, node: Node, inputs: list[Value]) -> Sequence[Value]:
     *parameters, entry = inputs
     (body,) = node.bodies
     trainable = node.params["trainable"]
@@ -108,7 +121,7 @@ def _is_linear(block: _Block, entry: jax.ShapeDtypeStruct) -> bool:
 
 
 def _looped(
-    lifting: Lifting, block: _Block, entry: Signal, blocks: Sequence[Sequence[Value]]
+    lifting: RolledLifting, block: _Block, entry: Signal, blocks: Sequence[Sequence[Value]]
 ) -> Signal:
     raws = [[value.raw for value in block if isinstance(value, Coefficient)] for block in blocks]
     stacked = [jnp.stack(parts) for parts in zip(*raws, strict=True)]
@@ -127,7 +140,7 @@ def _looped(
 
 
 def _of_each(
-    lifting: Lifting, trained: Sequence[Sequence[Value]], found: Sequence[Scaled | None]
+    lifting: RolledLifting, trained: Sequence[Sequence[Value]], found: Sequence[Scaled | None]
 ) -> list[Scaled | None]:
     """The derivatives by the parameters of each block, of all blocks for the first, and so on."""
     numbers = {id(leaf): k for k, leaf in enumerate(lifting.leaves)}
@@ -141,24 +154,28 @@ def _of_each(
     mantissas = (
         mantissa
         for part, column in zip(known, columns, strict=True)
-        for mantissa in _in_order(part.mantissa, column)
+        for mantissa in lifting.entries(part.mantissa, column)
     )
     every = jnp.concatenate([part.exponent for part in known])
-    scaled = map(Scaled, mantissas, _in_order(every, [k for column in columns for k in column]))
+    scaled = map(
+        Scaled, mantissas, lifting.entries(every, [k for column in columns for k in column])
+    )
     return [None if part is None else next(scaled) for part in found for _ in trained]
 
 
 def _in_order(values: jax.Array, numbers: Sequence[int]) -> list[jax.Array]:
     """The entries of an array, as slices of one that has them in the order of ``numbers``."""
     order, places = np.argsort(numbers), np.argsort(np.argsort(numbers))
-    if values[0].size > SMALL:
-        # Positions that XLA does not see make equal kernels of what reads the parts.
-        hidden = lax.optimization_barrier(np.arange(len(numbers), dtype=np.int32))
-        rows = [part_of(hidden, k, 1).reshape(()) for k in range(len(numbers))]
-        return [lax.dynamic_index_in_dim(values, row, keepdims=False) for row in rows]
     if not np.array_equal(order, np.arange(len(order))):
         values = values.at[order.astype(np.int32)].get(mode="promise_in_bounds")
     return [values[place] for place in places]
+
+
+def _hidden(values: jax.Array) -> list[jax.Array]:
+    """The entries of an array, at positions that XLA does not see: equal kernels read them."""
+    hidden = lax.optimization_barrier(np.arange(values.shape[0], dtype=np.int32))
+    rows = [part_of(hidden, k, 1).reshape(()) for k in range(values.shape[0])]
+    return [lax.dynamic_index_in_dim(values, row, keepdims=False) for row in rows]
 
 
 @functools.partial(jax.jit, static_argnums=0)
