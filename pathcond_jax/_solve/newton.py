@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pathcond_jax._solve import flat_objective, stacks
+from pathcond_jax._solve import coarse, flat_objective, stacks
 from pathcond_jax._solve.block import block_step, colors
 from pathcond_jax._solve.flat_objective import Problem, Run
 from pathcond_jax._solve.objective import Model, Smooth
@@ -22,10 +22,12 @@ from pathcond_jax._solve.stacks import Table, Weights
 from pathcond_jax._spec.log_scales import by_group
 from pathcond_jax._spec.spec import ArchSpec
 
-# Conjugate gradient steps within a Newton step, and halvings of it. Most steps need few; under
-# quantization noise 30 leave nearly all of them unfinished, and the next one starts over.
+# Conjugate gradient steps within a Newton step, and halvings of it. Most steps need few; after one
+# that is left unfinished, the next starts over.
 INNER_STEPS = 100
 HALVINGS = 30
+# More conjugate gradient steps than these cost more than a better preconditioner.
+PATIENCE = 20
 # The decrease that a step must reach, relative to the one its slope promises.
 ARMIJO = 1e-4
 # The furthest that a log-scale moves in one step.
@@ -71,6 +73,8 @@ class State(NamedTuple):
       gradient_norm: that of the projected gradient at z.
       ended: whether the last direction was taken.
       before: F where it started.
+      inner: how many conjugate gradient steps the last direction took.
+      small: a part of the preconditioner; see :mod:`~pathcond_jax._solve.coarse`.
     """
 
     z: jax.Array
@@ -88,6 +92,8 @@ class State(NamedTuple):
     gradient_norm: jax.Array
     ended: jax.Array
     before: jax.Array
+    inner: jax.Array
+    small: jax.Array
 
 
 def newton(
@@ -120,6 +126,8 @@ def newton(
         gradient_norm=infinity,
         ended=no,
         before=infinity,
+        inner=zero,
+        small=coarse.unknown(coarse.directions(stacks.table(spec).sizes), z.dtype),
     )
     end = lax.while_loop(
         lambda state: ~state.ended,
@@ -244,7 +252,8 @@ def _step(
     # Looser far from the minimum, tighter near it: convergence faster than linear (Dembo,
     # Eisenstat, Steihaug 1982) without solving exactly where the model is poor anyway.
     accuracy = jnp.minimum(0.1, jnp.sqrt(size))
-    direction, image, inner = _conjugate_gradients(curvature, -forward, diagonal, free, accuracy)
+    inverse, small = _preconditioner(problem, table, curvature, diagonal, free, wanted, state)
+    direction, image, inner = _conjugate_gradients(curvature, -forward, inverse, free, accuracy)
     # What the certificate needs is the Hessian of the logarithms alone.
     image = image - smooth_product(direction) - damping * direction
     bound = _certificate(problem, table, here, direction, image)
@@ -272,6 +281,8 @@ def _step(
         suboptimality=jnp.maximum(jnp.minimum(state.suboptimality + change, bound), rounding),
         gradient_norm=norm,
         ended=state.done,
+        inner=inner,
+        small=small,
     )
 
 
@@ -358,10 +369,35 @@ def _hessian_product(problem: Problem, table: Table, here: Iterate, v: jax.Array
     return result
 
 
+def _preconditioner(
+    problem: Problem,
+    table: Table,
+    curvature: Callable[[jax.Array], jax.Array],
+    diagonal: jax.Array,
+    free: jax.Array,
+    wanted: jax.Array,
+    state: State,
+) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """The inverse of the diagonal, and of a small matrix where that was not enough.
+
+    Logarithms alone are well served by the diagonal, and only a smooth function that brings its
+    own products has them for many vectors at nearly the price of one.
+    """
+    if all(part.model is None for part in problem.smooth):
+        return lambda residual: residual / diagonal, state.small
+    owners = coarse.directions(table.sizes)
+    small = lax.cond(
+        wanted & (state.inner > PATIENCE),
+        lambda: coarse.inverse(curvature, owners, free, diagonal.dtype),
+        lambda: state.small,
+    )
+    return coarse.preconditioner(diagonal, small, owners, free), small
+
+
 def _conjugate_gradients(
     apply: Callable[[jax.Array], jax.Array],
     target: jax.Array,
-    diagonal: jax.Array,
+    precondition: Callable[[jax.Array], jax.Array],
     free: jax.Array,
     tol: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -385,7 +421,7 @@ def _conjugate_gradients(
         # A curvature of 0 is rounding: then nothing is left to gain.
         length = jnp.where(curvature > 0, size / jnp.where(curvature > 0, curvature, 1), 0)
         residual = jnp.where(free, residual - length * product, 0)
-        scaled = residual / diagonal
+        scaled = precondition(residual)
         following = jnp.where(curvature > 0, jnp.dot(residual, scaled), 0)
         return (
             x + length * search,
@@ -396,7 +432,7 @@ def _conjugate_gradients(
             step + 1,
         )
 
-    zero, scaled = jnp.zeros_like(target), target / diagonal
+    zero, scaled = jnp.zeros_like(target), precondition(target)
     first = jnp.dot(target, scaled)
     start = (zero, zero, target, scaled, first, jnp.zeros((), jnp.int32))
     x, image, _, _, _, steps = lax.while_loop(unfinished, body, start)
