@@ -201,8 +201,10 @@ def _tables(results: list[Result], network: str) -> list[Table]:
 def _with_spread(results: list[Result], key: str, unit: float) -> str:
     """The mean over seeds, and the standard deviation where there are several."""
     values = [unit * result.values[key] for result in results]
-    spread = f"±{np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    spread = np.std(values, ddof=1)
+    return f"{np.mean(values):.1f}±{spread:.{1 if spread < 10 else 0}f}"
 
 
 def _of(results: list[Result], network: str) -> list[Result]:

@@ -128,7 +128,13 @@ def main(
 
 def as_rich(table: Table) -> RichTable:
     """The table as rich prints it."""
-    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for number, head in enumerate(table.heads):
         drawn.add_column(head, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
