@@ -119,7 +119,8 @@ def test_a_network_from_disk_is_quantized(folder):
     expected = {row[0]: float(row[1].partition("±")[0]) for row in predicted.rows}
     assert found["unlucky"] + 10 < found["trained"]
     assert found["unlucky"] + 10 < found["noise tWA"]
-    assert all(abs(found[name] - expected[name]) < 3 for name in ("trained", "noise tWA"))
+    # Of 20 examples, the ranges are a little too small.
+    assert all(abs(found[name] - expected[name]) < 5 for name in methods)
     assert (folder / "out" / "quantize.csv").stat().st_size > 100
     assert (folder / "out" / "quantize.png").read_bytes().startswith(b"\x89PNG")
 
