@@ -21,8 +21,9 @@ import numpy as np
 
 from pathcond_jax._program.graph import Graph, Node
 
-# Fewer blocks than this are no run, and longer ones are not looked for.
-FEWEST, _LONGEST = 3, 256
+# Fewer blocks than this compile as fast one by one, and then run faster than a loop, which reads
+# copies of their parameters side by side; blocks of more operations are not looked for.
+FEWEST, _LONGEST = 16, 256
 # Constants of more entries than this are equal only if they are one.
 _COMPARED = 1 << 16
 

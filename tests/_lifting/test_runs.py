@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pathcond_jax as pathcond
-from pathcond_jax._program.rolling import RUN, rolled
+from pathcond_jax._program.rolling import FEWEST, RUN, rolled
 
 relu = jax.nn.relu
 
@@ -101,7 +101,7 @@ def assert_same_alone_and_in_a_loop(params, spec, rtol=1e-12):
 @hypothesis.given(
     block=st.sampled_from(BLOCKS),
     width=st.integers(2, 5),
-    depth=st.integers(3, 6),
+    depth=st.integers(FEWEST, FEWEST + 3),
     seed=st.integers(0, 100),
     max_pool=st.sampled_from(["paths", "max"]),
 )
@@ -119,15 +119,15 @@ def test_ends_of_another_kind_stay_outside():
         h = network(residual, params, relu(x * params["blocks"][0]["scale"]))
         return h * 2.0
 
-    params = drawn(3, 4, 0, np.float32)
+    params = drawn(3, FEWEST, 0, np.float32)
     spec = traced(apply, params)
-    assert lengths(spec) == [4]
+    assert lengths(spec) == [FEWEST]
     assert_same_alone_and_in_a_loop(params, spec, 1e-4)
 
 
 def shared(params, x):
     first = params["blocks"][0]
-    return network(dense, {**params, "blocks": [first] * 4}, x)
+    return network(dense, {**params, "blocks": [first] * FEWEST}, x)
 
 
 def shared_bias(params, x):
@@ -153,31 +153,32 @@ def twice_in_a_block(params, x):
 
 @pytest.mark.parametrize("apply", [shared, shared_bias, read_outside])
 def test_what_is_read_elsewhere_is_no_run(apply):
-    params = drawn(3, 4, 0, np.float32)
+    params = drawn(3, FEWEST, 0, np.float32)
     spec = traced(apply, params)
     assert lengths(spec) == []
 
 
 def test_weights_that_a_block_meets_twice_are_lifted_one_by_one():
-    params = drawn(3, 4, 0, np.float32)
+    params = drawn(3, FEWEST, 0, np.float32)
     spec = traced(twice_in_a_block, params)
-    assert lengths(spec) == [4]
+    assert lengths(spec) == [FEWEST]
     assert_same_alone_and_in_a_loop(params, spec, 1e-4)
 
 
-def test_two_layers_are_no_run():
-    assert lengths(traced(functools.partial(network, dense), drawn(3, 2, 0, np.float32))) == []
+def test_a_few_layers_are_no_run():
+    params = drawn(3, FEWEST - 1, 0, np.float32)
+    assert lengths(traced(functools.partial(network, dense), params)) == []
 
 
 def test_runs_of_two_kinds():
     def apply(params, x):
         for k, parameters in enumerate(params["blocks"]):
-            x = (dense if k < 4 else residual)(parameters, x)
+            x = (dense if k < FEWEST + 1 else residual)(parameters, x)
         return x @ params["last"]
 
-    params = drawn(3, 7, 0, np.float32)
+    params = drawn(3, 2 * FEWEST + 1, 0, np.float32)
     spec = traced(apply, params)
-    assert lengths(spec) == [4, 3]
+    assert lengths(spec) == [FEWEST + 1, FEWEST]
     assert_same_alone_and_in_a_loop(params, spec, 1e-4)
 
 
@@ -193,7 +194,7 @@ def test_dead_networks_and_extreme_depths():
 
 @pytest.mark.usefixtures("x64")
 def test_derivatives_and_ensembles_pass_through_a_loop():
-    params = drawn(3, 4, 0)
+    params = drawn(3, FEWEST, 0)
     spec = traced(functools.partial(network, dense), params)
 
     def norm(params):
@@ -204,9 +205,9 @@ def test_derivatives_and_ensembles_pass_through_a_loop():
         *map(jax.tree.leaves, (slopes, jax.grad(norm)(params))), strict=True
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
-    several = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, drawn(3, 4, 1))
+    several = jax.tree.map(lambda *leaves: jnp.stack(leaves), params, drawn(3, FEWEST, 1))
     norms = jax.jit(jax.vmap(norm))(several)
-    np.testing.assert_allclose(norms, [norm(params), norm(drawn(3, 4, 1))], rtol=1e-12)
+    np.testing.assert_allclose(norms, [norm(params), norm(drawn(3, FEWEST, 1))], rtol=1e-12)
 
 
 def compiled(depth):
@@ -218,6 +219,6 @@ def compiled(depth):
 
 def test_a_further_layer_is_a_few_kernels():
     """As many loops whatever the depth; rescaling takes two kernels for each leaf."""
-    (loops, kernels), (more_loops, more_kernels) = compiled(10), compiled(40)
+    (loops, kernels), (more_loops, more_kernels) = compiled(FEWEST), compiled(FEWEST + 24)
     assert loops == more_loops
-    assert (more_kernels - kernels) / 30 <= 8
+    assert (more_kernels - kernels) / 24 <= 8
