@@ -87,7 +87,8 @@ def _settings(sizes: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on, beside the network and the seed."""
     chosen = chosen_methods(sizes["methods"], REPRESENTATIVES)
     grid = ("methods", "networks", "num_seeds")
-    return {"representatives": chosen} | {k: v for k, v in sizes.items() if k not in grid}
+    fixed = {"representatives": chosen, "num_calibration": NUM_CALIBRATION}
+    return fixed | {k: v for k, v in sizes.items() if k not in grid}
 
 
 def run(settings: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _of_recipe(settings: dict[str, Any], context: Context) -> Subject:
     # What is folded does not depend on values: one function serves all seeds.
     shared = _FOLDED.setdefault((name, dataset), apply_fn)
     rows = np.random.default_rng(settings["seed"]).permutation(len(data.train_labels))
-    calibration = jnp.asarray(data.train_inputs[rows[:NUM_CALIBRATION]])
+    calibration = jnp.asarray(data.train_inputs[rows[: settings["num_calibration"]]])
     spec = _spec(name, shared, images[:1].shape, params)
     return Subject(shared, params, spec, [images], labels, [calibration])
 
