@@ -218,7 +218,7 @@ def compiled(depth):
 
 
 def test_a_further_layer_is_a_few_kernels():
-    """As many loops whatever the depth; rescaling takes two kernels for each leaf."""
+    """As many loops whatever the depth; rescaling takes two or three kernels for each leaf."""
     (loops, kernels), (more_loops, more_kernels) = compiled(FEWEST), compiled(FEWEST + 24)
     assert loops == more_loops
-    assert (more_kernels - kernels) / 24 <= 8
+    assert (more_kernels - kernels) / 24 <= 12

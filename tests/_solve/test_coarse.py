@@ -23,7 +23,7 @@ def test_the_small_matrix_is_that_of_the_free_neurons():
     matrix = nearly_singular()
     small = coarse.inverse(lambda v: matrix @ v, OWNERS, jnp.asarray(FREE), matrix.dtype)
     shifts = np.eye(3)[OWNERS] * FREE[:, None]
-    np.testing.assert_allclose(small @ (shifts.T @ matrix @ shifts), np.eye(3), atol=2e-3)
+    np.testing.assert_allclose(small @ (shifts.T @ matrix @ shifts), np.eye(3), atol=1e-2)
 
 
 def test_conjugate_gradients_need_few_steps():
