@@ -61,7 +61,7 @@ def rigid():
 def failing():
     return Net(), open("no such file").read(), IMAGE
 """
-COUNT = 40
+COUNT = 160
 IMAGES = np.asarray(jax.random.normal(jax.random.key(7), (COUNT, 5, 5, 2)))
 
 
@@ -119,8 +119,9 @@ def test_a_network_from_disk_is_quantized(folder):
     expected = {row[0]: float(row[1].partition("±")[0]) for row in predicted.rows}
     assert found["unlucky"] + 10 < found["trained"]
     assert found["unlucky"] + 10 < found["noise tWA"]
-    # Of 20 examples, the ranges are a little too small.
-    assert all(abs(found[name] - expected[name]) < 5 for name in methods)
+    # Far from the criterion's choice many entries lie below half a step, with less error than that.
+    for name, off in {"trained": 2, "noise tWA": 2, "unlucky": 5}.items():
+        np.testing.assert_allclose(found[name], expected[name], atol=off, err_msg=name)
     assert (folder / "out" / "quantize.csv").stat().st_size > 100
     assert (folder / "out" / "quantize.png").read_bytes().startswith(b"\x89PNG")
 
@@ -191,15 +192,15 @@ def test_networks_of_one_example_and_of_several_inputs(folder, factory, inputs):
         ("plain", "nowhere.npy", "there is no file"),
         ("plain", "program.py", "no .npy or .npz file of numbers"),
         ("plain", "one.npy", "needs at least 2 examples"),
-        ("plain", "uneven.npz", "different numbers of examples: images 40, labels 39"),
-        ("plain", "flat.npy", r"has shape \(1, 5, 5, 2\).* have \(40, 50\)"),
+        ("plain", "uneven.npz", "different numbers of examples: images 160, labels 159"),
+        ("plain", "flat.npy", r"has shape \(1, 5, 5, 2\).* have \(160, 50\)"),
         ("plain", "bytes.npy", "inputs of type uint8, the example input is float32"),
         ("plain", "nan.npy", "not finite on the inputs"),
         ("plain", "both.npz", "takes 1 inputs, and .*both.npz has 2"),
-        ("plain", "shares.npz", r"must be integers \(40,\).* they are float64 \(40, 4\)"),
+        ("plain", "shares.npz", r"must be integers \(160,\).* they are float64 \(160, 4\)"),
         ("plain", "tenth.npz", "run from 9 to 9, and the network has classes 0 to 3"),
         ("two_outputs", "images.npy", "returns 2 arrays; it must return one array of logits"),
-        ("mean", "images.npy", r"of 40 examples the network returns \(\)"),
+        ("mean", "images.npy", r"of 160 examples the network returns \(\)"),
         ("rigid", "images.npy", "no neuron of the network can be rescaled"),
         ("failing", "images.npy", r"fails:\n[\s\S]*in failing[\s\S]*no such file"),
     ],
