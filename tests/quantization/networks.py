@@ -1,5 +1,7 @@
 """Networks small enough to quantize in a test, and what makes their representatives unlucky."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -53,8 +55,9 @@ SHAPES = {
 }
 
 
+@functools.cache
 def made(network):
-    """Parameters, inputs and spec."""
+    """Parameters, inputs and spec: one spec per network, since what it is used in compiles anew."""
     is_shape = lambda shape: isinstance(shape, tuple)  # noqa: E731
     shapes, treedef = jax.tree.flatten(SHAPES[network], is_leaf=is_shape)
     keys = jax.random.split(jax.random.key(2), len(shapes))
