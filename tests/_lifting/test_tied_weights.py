@@ -65,7 +65,7 @@ def test_the_norm_is_the_networks_own_at_absolute_values(program):
 def test_the_gram_diagonal_is_that_of_the_listed_paths(program):
     params, spec = traced(program)
     gram = pathcond.gram_diagonal(params, spec)
-    jacobian = jax.jacobian(lambda params: pathcond.lifted(params, spec))(params)
+    jacobian = jax.jit(jax.jacobian(lambda params: pathcond.lifted(params, spec)))(params)
 
     for name, found in gram.items():
         listed = jnp.square(jacobian[name]).sum(0)
