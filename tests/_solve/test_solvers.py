@@ -440,6 +440,7 @@ def test_without_jit():
     chex.assert_trees_all_close(stepped.log_scales, compiled.log_scales, atol=1e-4)
 
 
+@functools.cache
 def deep(depth, width=8):
     """A default-initialized network whose Gram diagonal leaves the range of float32."""
     rng = np.random.default_rng(0)
@@ -623,18 +624,26 @@ def test_blocks_sum_what_the_definition_sums(few):
     table = stacks.table(spec)
     parts = stacks.stacked(path_objective(spec, gram).terms[0], table, jnp.float64)
     assert stacks.are_masses(parts)
-    masses = stacks.equilibrate(parts, jnp.array(True))
-    exponents = masses.logs + 2 * stacks.spread(table, jnp.asarray(z))
+
+    @jax.jit
+    def summed(z):
+        masses = stacks.equilibrate(parts, jnp.array(True))
+        spread = stacks.spread(table, z)
+        exponents = masses.logs + 2 * spread
+        total = stacks.log_total(masses, table, exponents)
+        gradient = stacks.collect(table, jnp.exp(stacks.log_sums(masses, table, exponents)))
+        weights = stacks.normalized(masses, table, exponents, total)
+        image = stacks.matvecs(weights, table, spread)
+        sums = stacks.matvecs(weights, table, jnp.ones_like(image))
+        return total, gradient, weights, stacks.collect(table, image + sums * spread)
+
+    total, gradient, weights, product = summed(jnp.asarray(z))
     mass = flat(spec, gram) * np.exp(2 * b @ z)
-    total = stacks.log_total(masses, table, exponents)
     np.testing.assert_allclose(np.exp(total), mass.sum())
-    out, into = stacks.collect(table, jnp.exp(stacks.log_sums(masses, table, exponents)))
+    out, into = gradient
     np.testing.assert_allclose(out - into, mass @ b, rtol=1e-9, atol=1e-9)
-    weights = stacks.normalized(masses, table, exponents, total)
     np.testing.assert_allclose(sum(w.sum() for w in weights), 1)
-    image = stacks.matvecs(weights, table, stacks.spread(table, jnp.asarray(z)))
-    sums = stacks.matvecs(weights, table, jnp.ones_like(image))
-    out, into = stacks.collect(table, image + sums * stacks.spread(table, jnp.asarray(z)))
+    out, into = product
     np.testing.assert_allclose(out - into, b.T @ (mass / mass.sum() * (b @ z)), atol=1e-9)
 
 
