@@ -43,16 +43,16 @@ def test_linen():
     keys = jax.random.split(jax.random.key(1), 3)
     init = pathcond.conditioned_init(LINEN.init, SPEC)
     conditioned = jax.jit(jax.vmap(init, in_axes=(0, None)))(keys, X)
-    plain = jax.vmap(LINEN.init, in_axes=(0, None))(keys, X)
+    plain = jax.jit(jax.vmap(LINEN.init, in_axes=(0, None)))(keys, X)
     chex.assert_trees_all_equal_shapes_and_dtypes(plain, conditioned)
     chex.assert_trees_all_equal(plain["batch_stats"], conditioned["batch_stats"])
-    score = jax.vmap(lambda v: pathcond.conditioning_score(v, SPEC))
+    score = jax.jit(jax.vmap(lambda v: pathcond.conditioning_score(v, SPEC)))
     assert (score(conditioned) < score(plain) - 0.01).all()
     for train in (False, True):
-        outputs = [
-            jax.vmap(lambda v, t=train: LINEN.apply(v, X, t, mutable=["batch_stats"])[0])(variables)
-            for variables in (plain, conditioned)
-        ]
+        evaluate = jax.jit(
+            jax.vmap(lambda v, t=train: LINEN.apply(v, X, t, mutable=["batch_stats"])[0])
+        )
+        outputs = [evaluate(variables) for variables in (plain, conditioned)]
         np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
 
 

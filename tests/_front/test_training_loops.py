@@ -181,6 +181,7 @@ VARIABLES = lenient(RESNET.init)(jax.random.key(0), X, train=False)
 RESNET_SPEC = lenient(pathcond.trace_spec)(RESNET.apply, VARIABLES, X, train=False)
 
 
+@jax.jit
 def resnet_gradient(params, batch_stats, images=X):
     """The gradient of a step of training, and the statistics after it."""
 
@@ -192,6 +193,7 @@ def resnet_gradient(params, batch_stats, images=X):
     return jax.grad(loss, has_aux=True)(params)
 
 
+@jax.jit
 def resnet(params, batch_stats):
     variables = {"params": params, "batch_stats": batch_stats}
     return RESNET.apply(variables, X, train=False)
@@ -215,12 +217,12 @@ def test_train_state_with_batch_norm():
         gradients, batch_stats = resnet_gradient(state.params, state.batch_stats)
         return state.apply_gradients(grads=gradients, batch_stats=batch_stats)
 
-    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    update = jax.jit(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)).update)
     for number in range(1, 2 * EVERY + 2):
         before, state = state, train(state)
         expect_moves(state.opt_state, number)
         gradients, _ = resnet_gradient(before.params, before.batch_stats)
-        updates, _ = plain.update(gradients, before.opt_state.inner_state, before.params)
+        updates, _ = update(gradients, before.opt_state.inner_state, before.params)
         twin = optax.apply_updates(before.params, updates)
         assert_same_function(
             resnet(twin, state.batch_stats), resnet(state.params, state.batch_stats)

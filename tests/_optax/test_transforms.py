@@ -331,10 +331,9 @@ def test_a_due_update_moves_no_scale_further_than_the_bound():
     assert ends[None][0] > 1.5
     # One due update after the other comes to the optimum all the same.
     element = pathcond.recondition(SPEC, every=1)
-    state = element.init(params)
+    step, state = stepper(element), element.init(params)
     for _ in range(20):
-        updates, state = element.update(still, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state, _ = step(still, state, params)
     assert state.status == pathcond.Status.CONVERGED
     chex.assert_trees_all_close(params, far, rtol=1e-3)
 
