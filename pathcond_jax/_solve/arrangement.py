@@ -16,9 +16,11 @@ import numpy as np
 from pathcond_jax._solve.layout import Block, layout
 from pathcond_jax._spec.spec import ArchSpec
 
-# Stacks are merged while they need no more zeros than this in all. Large ones stay apart: devices
-# that divide them could not do so alike.
-PADDING = 2**14
+# Stacks are merged while they need no more zeros than this in all, or than this part of the entries
+# of pieces that are not large. Large ones stay apart: devices that divide them could not do so
+# alike, and writing them anew takes longer than a further stack.
+PADDING, PART = 2**14, 1 / 16
+LARGE = 2**18
 
 
 class Piece(NamedTuple):
@@ -31,6 +33,7 @@ class Piece(NamedTuple):
       cols: the same for columns.
       picked: index arrays of the entries that make up this piece; None: all of the block.
       cleared: index arrays of the entries that other pieces hold.
+      turned: whether the rows of the block are the columns of the piece.
     """
 
     block: int
@@ -39,6 +42,7 @@ class Piece(NamedTuple):
     cols: np.ndarray
     picked: tuple[np.ndarray, ...] | None = None
     cleared: tuple[tuple[np.ndarray, ...], ...] = ()
+    turned: bool = False
 
 
 class Table(NamedTuple):
@@ -95,7 +99,7 @@ def table(spec: ArchSpec) -> Table:
         for number, block in enumerate(layout(spec).blocks)
         for piece in _pieces(number, block, spec.powers, starts)
     ]
-    pieces = _cut(pieces)
+    pieces = _turned(_cut(pieces))
     depth = max(slots.shape[0] for piece in pieces for slots in (piece.rows, piece.cols))
     stacks = _merged(pieces, depth, count)
     sides = [
@@ -221,7 +225,7 @@ def _merged(pieces: list[Piece], depth: int, empty: int) -> tuple[tuple[Piece, .
     for piece in pieces:
         stacks.setdefault(piece.shape[1:], []).append(piece)
     # Greedily, the cheapest pair first; there are as many shapes as kinds of layers, so few.
-    budget = PADDING
+    budget = max(PADDING, PART * sum(math.prod(p.shape) for p in pieces if not _is_large(p)))
     while len(stacks) > 1:
         growths = {pair: _growth(stacks, *pair) for pair in itertools.combinations(stacks, 2)}
         pair = min(growths, key=lambda pair: growths[pair])
@@ -252,6 +256,23 @@ def _cut(pieces: list[Piece]) -> list[Piece]:
         )
 
     return [cut(piece) for piece in pieces] if unit else pieces
+
+
+def _turned(pieces: list[Piece]) -> list[Piece]:
+    """Pieces with no more rows than columns, so that layers to and fro are of one shape."""
+
+    def turned(piece: Piece) -> Piece:
+        batch, height, width = piece.shape
+        if width == 1 or height <= width or _is_large(piece):
+            return piece
+        shape = (batch, width, height)
+        return piece._replace(shape=shape, rows=piece.cols, cols=piece.rows, turned=True)
+
+    return [turned(piece) for piece in pieces]
+
+
+def _is_large(piece: Piece) -> bool:
+    return math.prod(piece.shape[1:]) >= LARGE
 
 
 def _around(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ class Objective(NamedTuple):
     limit: float | None = None
     finite: bool | jax.Array = True
 
-    def unless(self, finite: jax.Array) -> "Objective":
+    def unless(self, finite: bool | jax.Array) -> "Objective":
         """The objective, marked unless what it was made from was finite."""
         return self._replace(finite=self.finite & finite)
 
@@ -109,7 +109,7 @@ class Ranges(NamedTuple):
     alpha: float = 0.5
     limit: float | None = None
 
-    def unless(self, finite: jax.Array) -> "Ranges":
+    def unless(self, finite: bool | jax.Array) -> "Ranges":
         """The ranges, NaN unless what they were made from was finite: solvers report that."""
         masses = tuple(jnp.where(finite, mass, jnp.nan) for mass in self.term.masses)
         return self._replace(term=self.term._replace(masses=masses))
@@ -146,6 +146,7 @@ def _present(value: jax.Array) -> jax.Array:
 SUM = Reduction(jnp.sum, segment_sum, jnp.add, _itself)
 MAX = Reduction(jnp.max, segment_max, jnp.maximum, _itself)
 COUNT = Reduction(jnp.sum, segment_sum, jnp.add, _present)
+SQUARES = Reduction(jnp.sum, segment_sum, jnp.add, jnp.square)
 
 
 def reduce_masses(

@@ -65,18 +65,16 @@ class Weights(NamedTuple):
 def stacked(term: LogSum, table: Table, dtype: jnp.dtype) -> LogSum:
     """The term with its masses as they are, one array per stack in place of one per block.
 
-    Beside each stack are, for each of its batch entries, the logarithms of their scales.
+    Beside the stacks are, for each batch entry of one after the other, the logarithms of its scale.
     """
     # One program per stack outside of `jit`, whatever the number of its blocks.
     arrays = [(term.masses[piece.block],) for piece in table.pieces]
     fitted = iter(each(_fitted, arrays, [(*_fit(piece), dtype) for piece in table.pieces]))
     masses = [_joined([next(fitted) for _ in stack]) for stack in table.stacks]
     scales = jnp.stack([scale.astype(dtype) for scale in term.log_scales])
-    owners = [
-        np.repeat([p.block for p in stack], [p.shape[0] for p in stack]) for stack in table.stacks
-    ]
-    logs = [scales[blocks.astype(np.int32)] for blocks in owners]
-    return term._replace(masses=tuple(masses), log_scales=tuple(logs))
+    owners = np.repeat([p.block for p in table.pieces], [p.shape[0] for p in table.pieces])
+    logs = scales.at[owners.astype(np.int32)].get(mode="promise_in_bounds")
+    return term._replace(masses=tuple(masses), log_scales=(logs,))
 
 
 def are_masses(term: LogSum) -> jax.Array:
@@ -84,13 +82,15 @@ def are_masses(term: LogSum) -> jax.Array:
     # Both ends are NaN where an entry is.
     lowest = jnp.concatenate([values.min(2).reshape(-1) for values in term.masses])
     highest = jnp.concatenate([values.max(2).reshape(-1) for values in term.masses])
-    logs = jnp.concatenate(term.log_scales)
+    (logs,) = term.log_scales
     return (lowest.min() >= 0) & (highest.max() < jnp.inf) & (jnp.abs(logs).max() < jnp.inf)
 
 
 def equilibrate(term: LogSum, valid: jax.Array) -> Masses:
     """Masses over the roots of the largest of their row and of their column; 0 unless ``valid``."""
-    stacks = zip(term.masses, term.log_scales, strict=True)
+    (scales,) = term.log_scales
+    ends = np.cumsum([len(values) for values in term.masses])[:-1]
+    stacks = zip(term.masses, jnp.split(scales, ends), strict=True)
     parts = [_equilibrated(values, logs, valid) for values, logs in stacks]
     logs = [(rows, cols) for _, rows, cols in parts]
     return Masses(tuple(values for values, _, _ in parts), join_sides(logs))
@@ -349,10 +349,10 @@ def _places(arrays: tuple[np.ndarray, ...]) -> _Places:
     return _Places(arrays[0].shape, tuple(np.asarray(a, np.int32).tobytes() for a in arrays))
 
 
-def _fit(piece: Piece) -> tuple[tuple[int, ...], _Places | None, tuple[_Places, ...]]:
+def _fit(piece: Piece) -> tuple[tuple[int, ...], _Places | None, tuple[_Places, ...], bool]:
     """Where in a stack the masses of a piece lie, and which of its block's they are."""
     picked = None if piece.picked is None else _places(piece.picked)
-    return piece.shape, picked, tuple(map(_places, piece.cleared))
+    return piece.shape, picked, tuple(map(_places, piece.cleared)), piece.turned
 
 
 def _fitted(
@@ -360,6 +360,7 @@ def _fitted(
     shape: tuple[int, ...],
     picked: _Places | None,
     cleared: tuple[_Places, ...],
+    turned: bool,
     dtype: jnp.dtype,
 ) -> jax.Array:
     """The masses of a block where those of a piece lie in a stack."""
@@ -368,6 +369,8 @@ def _fitted(
         values = values.at[places.arrays()].set(0)
     if picked is not None:
         values = values[picked.arrays()][None, :, None]
+    if turned:
+        values = jnp.swapaxes(values, 1, 2)
     if values.shape[2] == 1:
         values = values.reshape(shape[0], -1, 1)
     missing = [(0, wanted - n) for wanted, n in zip(shape, values.shape, strict=True)]

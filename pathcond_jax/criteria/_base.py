@@ -82,7 +82,7 @@ class Criterion(abc.ABC):
           >>> solution.log_scales[0].tolist(), pathcond.Status(int(solution.status)).name
           ([-0.5], 'CLIPPED')
         """
-        goal = self.goal(params, spec).unless(_all_finite(params, spec.symmetry))
+        goal = self.goal(params, spec).unless(self.finite(params, spec))
         return solve(
             goal,
             spec,
@@ -92,6 +92,18 @@ class Criterion(abc.ABC):
             max_log_scale=max_log_scale,
             initial=initial,
         )
+
+    def finite(self, params: PyTree, spec: ArchSpec) -> bool | jax.Array:
+        """Whether all trained entries are, as far as masses of the goal do not tell the solver.
+
+        Args:
+          params: the parameters the spec was built for.
+          spec: the architecture.
+
+        Returns:
+          A scalar boolean.
+        """
+        return _all_finite(params, spec.symmetry)
 
     def figures(self, params: PyTree, spec: ArchSpec, log_scales: LogScales) -> Mapping[str, float]:
         """What this criterion can say about a representative, for :func:`pathcond_jax.report`.

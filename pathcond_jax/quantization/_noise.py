@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pathcond_jax._solve.objective import Goal, LogSum, Objective, reduce_masses
+from pathcond_jax._solve.objective import SQUARES, Goal, LogSum, Objective, reduce_masses
 from pathcond_jax._solve.products import Products, smooth
 from pathcond_jax._spec.arrays import widened
 from pathcond_jax._spec.log_scales import LogScales
@@ -35,7 +34,7 @@ from pathcond_jax.quantization._schemes import (
     width,
 )
 from pathcond_jax.quantization._sites import Meeting, Site, channel_scales, meetings
-from pathcond_jax.quantization._stacking import POWER, Part, log_masses, products_of
+from pathcond_jax.quantization._stacking import Part, p_norm, products_of
 from pathcond_jax.quantization._statistics import Statistics
 from pathcond_jax.quantization._units import (
     Bits,
@@ -67,13 +66,12 @@ class QuantizationNoise(Criterion):
         """The logarithm of the noise; see :class:`Criterion`."""
         rounding = rounding_of(self.statistics, self.scheme)
         products = _reduced(params, self.statistics, spec, rounding)
-        squares = [
-            jnp.square(widened(value)) if leaf.trainable else value
-            for leaf, value in zip(spec.leaves, match_leaves(spec, params), strict=True)
-        ]
-        masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, squares))
-        norm = LogSum(self.norm_weight, -2.0, *masses)
+        norm = LogSum(self.norm_weight, -2.0, *reduce_masses(spec, params, SQUARES))
         return Objective((norm,), smooth=(smooth(products),))
+
+    def finite(self, params: PyTree, spec: ArchSpec) -> bool:
+        """What is not finite is in the norm, where the solver sees it; see :class:`Criterion`."""
+        return True
 
     def figures(self, params: PyTree, spec: ArchSpec, log_scales: LogScales) -> Mapping[str, float]:
         """The predicted signal-to-noise ratio of the outputs; see :class:`Criterion`."""
@@ -177,8 +175,8 @@ def _kernel_part(
         [cols_of(site, m, granularity) for m in cols],
         [m.entry for m in rows],
         [m.entry for m in cols],
-        _over_window(POWER * log_masses(jnp.abs(weights))),
-        log_masses(sensitivity.sum(3)),
+        p_norm(weights),
+        sensitivity.sum(3),
         units_of(site, granularity),
         _offset(weight_steps(bits)),
     )
@@ -196,8 +194,8 @@ def _activation_part(
         [m.neurons.reshape(1, -1) for m in scales],
         [],
         [-m.entry for m in scales],
-        POWER * log_masses(width(read.minimum, read.maximum, symmetric))[None, None],
-        log_masses(read.sensitivity)[None, None],
+        width(read.minimum, read.maximum, symmetric)[None, None],
+        read.sensitivity[None, None],
         np.repeat(np.arange(steps), site.num_channels // steps)[None],
         _offset(activation_steps(bits, symmetric)),
     )
@@ -205,7 +203,3 @@ def _activation_part(
 
 def _offset(steps: int) -> float:
     return math.log(VARIANCE) - 2 * math.log(steps)
-
-
-def _over_window(logs: jax.Array) -> jax.Array:
-    return logs[..., 0] if logs.shape[-1] == 1 else jax.nn.logsumexp(logs, axis=-1)

@@ -31,8 +31,8 @@ class Part(NamedTuple):
       cols: the neurons along columns, (batch, cols).
       row_entries: of B, one number per array of ``rows``.
       col_entries: the same for ``cols``.
-      ranges: logarithms of the p-th powers of ranges, (batch, rows, cols).
-      noises: logarithms of squared derivatives, of the same shape.
+      ranges: largest absolute values, as p-norms where there are several, (batch, rows, cols).
+      noises: squared derivatives, of the same shape.
       units: integer (batch, cols), counted from 0.
       offset: the logarithm of the variance of rounding for a range of 1.
     """
@@ -56,6 +56,13 @@ def log_masses(values: jax.Array) -> jax.Array:
     )
 
 
+def p_norm(values: jax.Array) -> jax.Array:
+    """(Σ |v|^p)^{1/p} over the last axis, for the p that stands for the largest."""
+    if values.shape[-1] == 1:
+        return jnp.abs(values[..., 0])
+    return jnp.exp(jax.nn.logsumexp(POWER * log_masses(jnp.abs(values)), axis=-1) / POWER)
+
+
 def _merged(part: Part) -> Part:
     """Rows that belong to the same neurons as one; and columns, if their unit is the same, too."""
     if part.ranges.shape[0] > 1:
@@ -63,7 +70,8 @@ def _merged(part: Part) -> Part:
     rows, owners = _distinct(part.rows, part.ranges.shape[1])
     cols, others = _distinct([*part.cols, part.units], part.ranges.shape[2])
     ranges, noises = (
-        _segments(_segments(logs, owners, 1), others, 2) for logs in (part.ranges, part.noises)
+        _segments(_segments(values, owners, 1, power), others, 2, power)
+        for values, power in ((part.ranges, POWER), (part.noises, 1.0))
     )
     return part._replace(rows=rows, cols=cols[:-1], ranges=ranges, noises=noises, units=cols[-1])
 
@@ -75,17 +83,18 @@ def _distinct(along: list[np.ndarray], size: int) -> tuple[list[np.ndarray], np.
     return [row[None] for row in found[:-1]], owners.reshape(-1)
 
 
-def _segments(logs: jax.Array, owners: np.ndarray, axis: int) -> jax.Array:
-    """log Σ exp over the positions of an axis that have one owner."""
+def _segments(values: jax.Array, owners: np.ndarray, axis: int, power: float) -> jax.Array:
+    """(Σ v^p)^{1/p} over the positions of an axis that have one owner, in the order of these."""
     count = int(owners.max()) + 1
+    if np.array_equal(owners, np.arange(owners.size)):
+        return values
     if count == owners.size:
-        # In the order of their owners.
-        return jnp.take(logs, np.argsort(owners), axis=axis)
-    moved = jnp.moveaxis(logs, axis, 0)
+        return jnp.take(values, np.argsort(owners), axis=axis)
+    moved = jnp.moveaxis(power * log_masses(values), axis, 0)
     tops = jax.ops.segment_max(moved, owners, count)
     tops = jnp.where(tops > -jnp.inf, tops, 0)
     sums = jax.ops.segment_sum(jnp.exp(moved - tops[owners]), owners, count)
-    return jnp.moveaxis(log_masses(sums) + tops, 0, axis)
+    return jnp.moveaxis(jnp.exp((log_masses(sums) + tops) / power), 0, axis)
 
 
 def _flat(part: Part) -> Part:
@@ -99,7 +108,7 @@ def _flat(part: Part) -> Part:
         part.units.reshape(batch, 1, cols),
     ]
     *neurons, units = (np.broadcast_to(x, shape).reshape(1, -1) for x in sides)
-    ranges, noises = (logs.reshape(1, 1, -1) for logs in (part.ranges, part.noises))
+    ranges, noises = (values.reshape(1, 1, -1) for values in (part.ranges, part.noises))
     entries = [*part.row_entries, *part.col_entries]
     return Part([], neurons, [], entries, ranges, noises, units, part.offset)
 
@@ -131,8 +140,8 @@ def _padded(part: Part, shape: tuple[int, int]) -> Part:
     return part._replace(
         rows=along(part.rows, more[0]),
         cols=along(part.cols, more[1]),
-        ranges=jnp.pad(part.ranges, ((0, 0), *more), constant_values=-jnp.inf),
-        noises=jnp.pad(part.noises, ((0, 0), *more), constant_values=-jnp.inf),
+        ranges=jnp.pad(part.ranges, ((0, 0), *more)),
+        noises=jnp.pad(part.noises, ((0, 0), *more)),
         units=np.pad(part.units, ((0, 0), more[1]), mode="edge"),
     )
 
@@ -184,9 +193,13 @@ def products_of(parts: list[Part], num_neurons: int) -> Products:
         for side, entries, size in _sides(stack)
     ]
     dtype = stacks[0][0].ranges.dtype
+    # Logarithms of whole stacks: of parts they would be as many kernels.
     ranges, noises = (
-        [jnp.concatenate([getattr(part, what) for part in stack], _axis(stack)) for stack in stacks]
-        for what in ("ranges", "noises")
+        [
+            power * log_masses(jnp.concatenate([getattr(part, of) for part in stack], _axis(stack)))
+            for stack in stacks
+        ]
+        for of, power in (("ranges", POWER), ("noises", 1.0))
     )
     units = [part.units.reshape(-1) for stack in stacks for part in stack]
     return Products(

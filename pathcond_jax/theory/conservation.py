@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from pathcond_jax._action.rescale import rescale
 from pathcond_jax._solve import stacks
-from pathcond_jax._solve.objective import LogSum, Objective, Smooth, reduce_masses
+from pathcond_jax._solve.objective import SQUARES, LogSum, Objective, Smooth, reduce_masses
 from pathcond_jax._solve.solution import Solution
 from pathcond_jax._solve.solve import solve
 from pathcond_jax._spec.arrays import compute_dtype
@@ -118,12 +118,7 @@ def rescale_to(
     if shapes != wanted:
         raise SpecError(f"target has shapes {shapes}, the groups of the spec {wanted}")
     balanced = norm().solve(params, spec)
-    values = [jnp.asarray(value) for value in match_leaves(spec, params)]
-    squares = [
-        jnp.square(value.astype(compute_dtype(value.dtype))) if leaf.trainable else value
-        for leaf, value in zip(spec.leaves, values, strict=True)
-    ]
-    masses = reduce_masses(spec, jax.tree.unflatten(spec.treedef, squares))
+    masses = reduce_masses(spec, params, SQUARES)
     energy = jnp.exp(balanced.objective / spec.num_parameters)
     function = jax.tree_util.Partial(_tilted_energy(spec), masses, energy)
     linear = -jnp.concatenate([jnp.asarray(part) for part in target])
