@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pathcond_jax._program.graph import Node
 from pathcond_jax._program.replay import Place, replay
-from pathcond_jax._spec.arrays import is_traced, widened
+from pathcond_jax._spec.arrays import compute_dtype, is_traced, widened
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -139,42 +139,84 @@ def _check_finite(statistics: Statistics) -> None:
             )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
     traced: Program, spec: ArchSpec, draws: int, leaves: Sequence[Any], inputs: Any, key: jax.Array
 ) -> Sums:
-    """Everything that one batch tells."""
-    run = functools.partial(_outputs_and_reads, traced, spec, leaves, inputs)
-    weights = [
-        jnp.asarray(value)
-        for value, leaf in zip(leaves, spec.leaves, strict=True)
-        if leaf.trainable
-    ]
-    shapes = jax.eval_shape(lambda weights: run(weights, {})[1], weights)
-    moves = {place: jnp.zeros(x.shape, x.dtype) for place, x in shapes.items()}
-    outputs, pull, reads = jax.vjp(run, weights, moves, has_aux=True)
-    # Every grid contains 0: what is 0, as half of what leaves a ReLU, has no error.
-    rounded = {place: x != 0 for place, x in reads.items()}
-    by_weight, by_site = _squared_derivatives(
-        traced, pull, rounded, *_cotangents(outputs, draws, key)
-    )
+    """Everything that one batch tells.
+
+    The draws are a loop here, of one compiled program: on CPU, XLA computes the derivatives of a
+    convolution by its kernel some hundred times as slowly within a loop of its own.
+    """
+    found = _observed_sums(traced, spec, leaves, inputs)
+    squares = found.weights, found.activations
+    for draw in range(min(draws, _num_outputs(traced))):
+        squares = _squares_added(traced, spec, draws, leaves, inputs, key, np.int32(draw), squares)
+    return found._replace(weights=squares[0], activations=squares[1])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _observed_sums(traced: Program, spec: ArchSpec, leaves: Sequence[Any], inputs: Any) -> Sums:
+    """What one run tells, and zeros for squared derivatives."""
+    outputs, reads = _outputs_and_reads(traced, spec, leaves, inputs, _trained(spec, leaves), {})
 
     def each(reduce: Any) -> list[jax.Array]:
         return [_by_channel(site, reads[site.place], reduce) for site in traced.sites]
 
-    squares = iter(by_weight)
     powers = [jnp.square(widened(x)).sum() for x in outputs]
+    first = each(lambda x: x.sum(1))
     return Sums(
         each(lambda x: x.min(1)),
         each(lambda x: x.max(1)),
-        each(lambda x: x.sum(1)),
+        first,
         each(_sum_of_squares),
         each(lambda x: jnp.full(x.shape[:1], x.shape[1], x.dtype)),
-        by_site,
-        [next(squares) if leaf.trainable else jnp.zeros(leaf.shape) for leaf in spec.leaves],
+        [jnp.zeros_like(x) for x in first],
+        [jnp.zeros(leaf.shape, compute_dtype(leaf.dtype)) for leaf in spec.leaves],
         jnp.stack(powers).sum(),
         jnp.asarray(float(_num_examples(inputs))),
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _squares_added(
+    traced: Program,
+    spec: ArchSpec,
+    draws: int,
+    leaves: Sequence[Any],
+    inputs: Any,
+    key: jax.Array,
+    draw: jax.Array,
+    squares: tuple[list[jax.Array], list[jax.Array]],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Adds the squared derivatives of one combination of outputs by leaves and by channels."""
+    run = functools.partial(_outputs_and_reads, traced, spec, leaves, inputs)
+    weights = _trained(spec, leaves)
+    shapes = jax.eval_shape(lambda weights: run(weights, {})[1], weights)
+    moves = {place: jnp.zeros(x.shape, x.dtype) for place, x in shapes.items()}
+    outputs, pull, reads = jax.vjp(run, weights, moves, has_aux=True)
+    cotangent, count = _cotangent(outputs, draws, key, draw)
+    by_weight, by_move = pull(cotangent)
+    gradients = iter(by_weight)
+    by_leaf, by_site = squares
+    by_leaf = [
+        total + jnp.square(widened(next(gradients))) / count if leaf.trainable else total
+        for total, leaf in zip(by_leaf, spec.leaves, strict=True)
+    ]
+    # Every grid contains 0: what is 0, as half of what leaves a ReLU, has no error.
+    rounded = {place: jnp.where(x != 0, by_move[place], 0) for place, x in reads.items()}
+    by_site = [
+        total + _by_channel(site, rounded[site.place], _sum_of_squares) / count
+        for total, site in zip(by_site, traced.sites, strict=True)
+    ]
+    return by_leaf, by_site
+
+
+def _trained(spec: ArchSpec, leaves: Sequence[Any]) -> list[jax.Array]:
+    return [
+        jnp.asarray(value)
+        for value, leaf in zip(leaves, spec.leaves, strict=True)
+        if leaf.trainable
+    ]
 
 
 def _outputs_and_reads(
@@ -197,35 +239,6 @@ def _outputs_and_reads(
     return floats, found.records
 
 
-def _squared_derivatives(
-    traced: Program,
-    pull: Callable[..., Any],
-    rounded: dict[Place, Any],
-    cotangents: list[jax.Array],
-    count: float,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Squared derivatives by weights and by channels, summed over cotangents, over ``count``.
-
-    Of activations, only those by entries that are ``rounded`` count.
-    """
-
-    def squares(cotangent: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        by_weight, by_move = pull(cotangent)
-        kept = {place: jnp.where(rounded[place], x, 0) for place, x in by_move.items()}
-        return (
-            [jnp.square(widened(gradient)) / count for gradient in by_weight],
-            [_by_channel(site, kept[site.place], _sum_of_squares) / count for site in traced.sites],
-        )
-
-    def step(sums: Any, cotangent: list[jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, squares(cotangent)), None
-
-    first = [x[0] for x in cotangents]
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(squares, first))
-    found: tuple[list[jax.Array], list[jax.Array]] = lax.scan(step, start, cotangents)[0]
-    return found
-
-
 def _observed(
     by_place: dict[Place, Site], place: Place, node: Node, operands: Sequence[Any], move: Any
 ) -> tuple[Sequence[Any], Any]:
@@ -240,21 +253,26 @@ def _observed(
     return moved, lax.stop_gradient(operands[1 - site.kernel])
 
 
-def _cotangents(
-    outputs: list[jax.Array], draws: int, key: jax.Array
+def _cotangent(
+    outputs: list[jax.Array], draws: int, key: jax.Array, draw: jax.Array
 ) -> tuple[list[jax.Array], float]:
-    """Cotangents of the outputs, stacked, and by how much their squares are to be divided."""
+    """One cotangent of the outputs, and by how much its square is to be divided."""
     size = sum(x.size for x in outputs)
     if size <= draws:
-        flat = jnp.eye(size)
-        count = 1.0
+        flat, count = jax.nn.one_hot(draw, size), 1.0
     else:
-        flat, count = jax.random.rademacher(key, (draws, size), jnp.float32), float(draws)
+        flat, count = jax.random.rademacher(key, (draws, size), jnp.float32)[draw], float(draws)
     ends = np.cumsum([x.size for x in outputs])[:-1]
-    parts = jnp.split(flat, ends, axis=1)
+    parts = jnp.split(flat, ends)
     return [
-        part.reshape(-1, *x.shape).astype(x.dtype) for part, x in zip(parts, outputs, strict=True)
+        part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, outputs, strict=True)
     ], count
+
+
+def _num_outputs(traced: Program) -> int:
+    """How many floating numbers a network puts out."""
+    shapes = [traced.graph.avals[output] for output in traced.graph.outputs]
+    return sum(x.size for x in shapes if jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def _by_channel(

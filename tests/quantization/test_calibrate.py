@@ -56,6 +56,29 @@ def test_random_combinations_of_outputs_estimate_the_same():
         assert 0.5 < float(one.sum() / two.sum()) < 2
 
 
+def test_no_convolution_is_differentiated_within_a_loop():
+    params, x, spec = made(depthwise)
+    calibrated = lambda params, x: calibrate(depthwise, params, spec, [x])  # noqa: E731
+    program = str(jax.make_jaxpr(calibrated)(params, x))
+    assert "conv_general_dilated" in program
+    assert not any(loop in program for loop in ("scan[", "while["))
+
+
+@pytest.mark.usefixtures("x64")
+def test_derivatives_have_the_precision_of_the_parameters():
+    def network(params, x):
+        return jax.nn.relu(x @ params["in"]).astype("float32") @ params["out"]
+
+    params = {"in": jnp.ones((2, 3)), "out": jnp.ones((3, 2), jnp.float32)}
+    x = jnp.ones((4, 2))
+    spec = pathcond.trace_spec(network, params, x)
+    found = calibrate(network, params, spec, [x]).sensitivity
+    assert {name: str(value.dtype) for name, value in found.items()} == {
+        "in": "float64",
+        "out": "float32",
+    }
+
+
 def test_ranges_and_moments_of_what_kernels_read():
     params, x, spec = made(depthwise)
     found = calibrate(depthwise, params, spec, [x])
