@@ -1,15 +1,18 @@
-"""What engines of inference make of the representatives of one network: signal-to-noise, accuracy.
+"""What engines of inference make of the representatives of one network: signal-to-noise, agreement.
 
 A depthwise-separable network is trained on scikit-learn's digits, moved to several representatives,
-and quantized to 8 bits by Qwix (dynamic activations) and by ONNX Runtime (static ranges from 128
-images; one scale per kernel, and one per output channel), both with weights and activations of 8
-bits, and run there. The exported function takes its weights as constants. In an environment of its
-own:
+quantized to 8 bits, weights and activations, and run by Qwix (ranges of activations as it runs), by
+ONNX Runtime (static ranges from 128 images; one scale per kernel, and one per output channel) and
+by LiteRT (static ranges, one scale per output channel). Each entry is the mean over training seeds,
+with the standard deviation. The exported functions take their weights as constants. In an
+environment of its own, Python 3.11:
 
     python -m venv engines && engines/bin/pip install pathcond-jax[experiments] qwix jax2onnx \
-        onnxruntime && engines/bin/python benchmarks/engines.py
+        onnxruntime ai-edge-litert litert-converter ai-edge-quantizer && \
+        engines/bin/python benchmarks/engines.py --seeds 3
 """
 
+import argparse
 import functools
 import pathlib
 import tempfile
@@ -21,14 +24,18 @@ import numpy as np
 import onnxruntime
 import optax
 import qwix
+from ai_edge_litert import interpreter
+from ai_edge_quantizer import quantizer, recipe
 from flax import linen as nn
+from litert_converter import converter_api_ext
+from litert_converter.mlir import ir, passmanager
 from onnxruntime import quantization
 
 import pathcond_jax as pathcond
 from pathcond_jax.experiments import data
 from pathcond_jax.quantization import calibrate, quantization_noise
 
-STEPS, UNLUCKY = 600, 1.0
+STEPS, UNLUCKY, SIGNATURE = 600, 1.0, "serving_default"
 
 
 class Separable(nn.Module):
@@ -48,7 +55,7 @@ class Separable(nn.Module):
 MODEL = Separable()
 
 
-def trained(digits, seed=0):
+def trained(digits, seed):
     """Parameters after training by AdamW."""
     params = MODEL.init(jax.random.key(seed), digits.test_inputs[:1])
     optimizer = optax.adamw(3e-3, weight_decay=1e-2)
@@ -69,16 +76,15 @@ def trained(digits, seed=0):
     return params
 
 
-def representatives(params, x, calibration):
+def representatives(params, spec, calibration):
     """Parameters that compute the same function, by name."""
-    spec = pathcond.trace_spec(MODEL.apply, params, x)
     rng = np.random.default_rng(0)
     scales = [jnp.asarray(rng.normal(scale=UNLUCKY, size=g.size), jnp.float32) for g in spec.groups]
     unlucky = pathcond.rescale(params, spec, tuple(scales))
     statistics = calibrate(MODEL.apply, unlucky, spec, [calibration])
-    criteria = {"equalize": "equalize", "enorm": "enorm", "path": "path"} | {
+    criteria = {name: name for name in ("equalize", "enorm")} | {
         scheme: quantization_noise(statistics, scheme)
-        for scheme in ("onnxruntime_static", "qwix_int8")
+        for scheme in ("onnxruntime_static", "litert_int8", "qwix_int8")
     }
     conditioned = {
         name: pathcond.condition(unlucky, spec, criterion)[0]
@@ -87,32 +93,32 @@ def representatives(params, x, calibration):
     return {"trained": params, "unlucky": unlucky, **conditioned}
 
 
-def by_qwix(params, x, calibration):
+def by_qwix(model, params, x, calibration):
     """Logits of Qwix's int8 program: weights per channel, activations with dynamic ranges."""
     del calibration
     rule = qwix.QuantizationRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)
-    quantized = qwix.quantize_model(MODEL, qwix.PtqProvider([rule]))
+    quantized = qwix.quantize_model(model, qwix.PtqProvider([rule]))
     shapes = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
     weights = qwix.quantize_params(params["params"], shapes)
     return quantized.apply({"params": weights}, x)
 
 
 class Images(quantization.CalibrationDataReader):
-    """Calibration images one by one."""
+    """Calibration images in one batch."""
 
     def __init__(self, name, images):
-        self.rows = iter([{name: image[None]} for image in images])
+        self.batches = iter([{name: images}])
 
     def get_next(self):
-        """The next image, None after the last."""
-        return next(self.rows, None)
+        """The next batch, None after the last."""
+        return next(self.batches, None)
 
 
-def by_onnx_runtime(params, x, calibration, *, per_channel):
+def by_onnx_runtime(apply_fn, params, x, calibration, *, per_channel):
     """Logits of ONNX Runtime's static int8 program."""
     with tempfile.TemporaryDirectory() as folder:
         plain, static = (str(pathlib.Path(folder) / name) for name in ("plain.onnx", "int8.onnx"))
-        model = jax2onnx.to_onnx(lambda x: MODEL.apply(params, x), [("B", *x.shape[1:])])
+        model = jax2onnx.to_onnx(lambda x: apply_fn(params, x), [("B", *x.shape[1:])])
         pathlib.Path(plain).write_bytes(model.SerializeToString())
         quantization.quantize_static(
             plain,
@@ -126,33 +132,73 @@ def by_onnx_runtime(params, x, calibration, *, per_channel):
         return session.run(None, {session.get_inputs()[0].name: np.asarray(x)})[0]
 
 
+def flatbuffer(function, x):
+    """LiteRT's program of a function of one array, from its StableHLO."""
+    with ir.Context() as context:
+        converter_api_ext.prepare_mlir_context(context)
+        module = ir.Module.parse(jax.jit(function).lower(x).as_text())
+        converter_api_ext.set_signature(module.operation, SIGNATURE, ["x"], ["y"])
+        converter_api_ext.run_convert_to_tfl_passes(
+            module, passmanager.PassManager(), converter_api_ext.ConvertToTFLConfig()
+        )
+        return converter_api_ext.export_flatbuffer_to_bytes(module.operation)
+
+
+def by_litert(apply_fn, params, x, calibration):
+    """Logits of LiteRT's static int8 program, float numbers in and out."""
+    program = quantizer.Quantizer(
+        flatbuffer(lambda x: apply_fn(params, x), x[:1]), recipe.static_wi8_ai8()
+    )
+    for end in ("INPUT", "OUTPUT"):
+        program.update_quantization_recipe(".*", end, algorithm_key="no_quantize")
+    # Over several batches the ranges would be moving averages, which clip.
+    ranges = program.calibrate({SIGNATURE: [{"x": np.asarray(calibration)}]})
+    static = program.quantize(ranges, enable_progress_report=False).quantized_model
+    runner = interpreter.Interpreter(model_content=bytes(static)).get_signature_runner()
+    return runner(x=np.asarray(x))["y"]
+
+
 ENGINES = {
-    "Qwix int8": by_qwix,
-    "ONNX Runtime static, per tensor": functools.partial(by_onnx_runtime, per_channel=False),
-    "ONNX Runtime static, per channel": functools.partial(by_onnx_runtime, per_channel=True),
+    "Qwix": functools.partial(by_qwix, MODEL),
+    "ONNX Runtime, per tensor": functools.partial(by_onnx_runtime, MODEL.apply, per_channel=False),
+    "ONNX Runtime, per channel": functools.partial(by_onnx_runtime, MODEL.apply, per_channel=True),
+    "LiteRT": functools.partial(by_litert, MODEL.apply),
 }
+
+
+def measured(digits, seed):
+    """Decibel and agreement in %, by engine and representative, of one training seed."""
+    x, calibration = digits.test_inputs, digits.train_inputs[:128]
+    params = trained(digits, seed)
+    spec = pathcond.trace_spec(MODEL.apply, params, x[:1])
+    wanted = np.asarray(MODEL.apply(params, x))
+    right = (wanted.argmax(1) == digits.test_labels).mean()
+    print(f"seed {seed}, float: {100 * right:.1f} % right", flush=True)
+
+    def quality(run, representative):
+        found = np.asarray(run(representative, x, calibration))
+        noise = np.square(found - wanted).mean() / np.square(wanted).mean()
+        return -10 * np.log10(noise), 100 * (found.argmax(1) == wanted.argmax(1)).mean()
+
+    return {
+        (engine, name): quality(run, representative)
+        for name, representative in representatives(params, spec, calibration).items()
+        for engine, run in ENGINES.items()
+    }
 
 
 def main():
     """Prints one line for each engine and representative."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how many networks are trained")
     digits = jax.tree.map(jnp.asarray, data.load_digits())
-    x, calibration = digits.test_inputs, digits.train_inputs[:128]
-    params = trained(digits)
-    wanted = np.asarray(MODEL.apply(params, x))
-    accuracy = (wanted.argmax(1) == digits.test_labels).mean()
-    print(f"float: {100 * accuracy:.1f} % right\n")
-    print(f"{'engine':34}{'parameters':20}{'dB':>6}{'agree, %':>10}{'right, %':>10}")
-    for name, representative in representatives(params, x[:1], calibration).items():
-        for engine, run in ENGINES.items():
-            found = np.asarray(run(representative, x, calibration))
-            noise = np.square(found - wanted).mean() / np.square(wanted).mean()
-            agree = (found.argmax(1) == wanted.argmax(1)).mean()
-            right = (found.argmax(1) == digits.test_labels).mean()
-            print(
-                f"{engine:34}{name:20}{-10 * np.log10(noise):6.1f}"
-                f"{100 * agree:10.1f}{100 * right:10.1f}",
-                flush=True,
-            )
+    runs = [measured(digits, seed) for seed in range(parser.parse_args().seeds)]
+    print(f"\n{'engine':28}{'parameters':20}{'dB':>14}{'agree, %':>16}")
+    for engine, name in sorted(runs[0], key=lambda key: key[0]):
+        values = np.array([run[engine, name] for run in runs])
+        cells = zip(values.mean(0), values.std(0), strict=True)
+        decibel, agree = (f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)
+        print(f"{engine:28}{name:20}{decibel:>14}{agree:>16}")
 
 
 if __name__ == "__main__":
