@@ -51,7 +51,7 @@ class Scheme:
 
 SCHEMES: dict[str, Scheme] = {
     # qwix.PtqProvider, weight_qtype="int8", act_qtype="int8": absmax, one scale per output
-    # channel; activations by the range of each call.
+    # channel; activations by the range of each row of a product, each image of a convolution.
     "qwix_int8": Scheme(8, 8, "channel", symmetric_activations=True),
     "qwix_int8_weights": Scheme(8, None, "channel"),
     # weight_qtype="int4", tile_size=128.

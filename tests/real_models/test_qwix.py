@@ -14,6 +14,7 @@ from flax import nnx
 from nbclient import NotebookClient
 
 import pathcond_jax as pathcond
+from pathcond_jax.quantization import calibrate, simulate
 
 # Qwix itself uses deprecated names of Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
@@ -34,6 +35,14 @@ class Linen(nn.Module):
         for width in (64, 64):
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(8)(x)
+
+
+class Depthwise(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        x = nn.relu(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+        return nn.Dense(8)(x.mean((1, 2)))
 
 
 class Nnx(nnx.Module):
@@ -60,11 +69,15 @@ def provider(rule):
     return qwix.PtqProvider([qwix.QuantizationRule(**RULES[rule])])
 
 
-def linen_decibels(model, params, rule):
+def quantized_linen(model, params, rule, x):
     quantized = qwix.quantize_model(model, provider(rule))
-    shapes = jax.eval_shape(quantized.init, jax.random.key(0), X)["params"]
-    weights = qwix.quantize_params(params["params"], shapes)
-    return decibels(model.apply(params, X), quantized.apply({"params": weights}, X))
+    shapes = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
+    return quantized, qwix.quantize_params(params["params"], shapes)
+
+
+def linen_decibels(model, params, rule, x=X):
+    quantized, weights = quantized_linen(model, params, rule, x)
+    return decibels(model.apply(params, x), quantized.apply({"params": weights}, x))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -91,6 +104,30 @@ def test_nnx(rule):
     found = decibels(wanted, qwix.quantize_model(model, provider(rule), X)(X))
     assert found > LEAST[rule]
     assert found > before + 3.0
+
+
+def test_the_scheme_rounds_as_qwix_does():
+    model, images = Depthwise(), jax.random.normal(jax.random.key(2), (32, 8, 8, 3))
+    params = model.init(jax.random.key(0), images)
+    spec = pathcond.trace_spec(model.apply, params, images)
+    _, weights = quantized_linen(model, params, "int8", images)
+    for name, layer in params["params"].items():
+        largest = jnp.abs(layer["kernel"].reshape(-1, 8)).max(0)
+        scale = weights[name]["kernel"].array.scale
+        np.testing.assert_allclose(scale.reshape(-1), largest / 127.5, rtol=1e-6)
+    for representative in (params, unlucky(params, spec)):
+        statistics = calibrate(model.apply, representative, spec, [images])
+        simulated = simulate(model.apply, spec, statistics, "qwix_int8")
+        found = decibels(model.apply(params, images), simulated(representative, images))
+        real = linen_decibels(model, representative, "int8", images)
+        assert found == pytest.approx(real, abs=1.5)
+
+
+def test_convolutions_are_not_rounded_without_their_activations():
+    model, images = Depthwise(), jnp.ones((2, 8, 8, 3))
+    params = model.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match="same act_qtype and weight_qtype"):
+        quantized_linen(model, params, "int4, weights", images)
 
 
 @pytest.mark.filterwarnings("default")  # The kernel is a process of its own; this is its client.
