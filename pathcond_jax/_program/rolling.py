@@ -64,13 +64,15 @@ def rolled(graph: Graph, trainable: tuple[bool, ...]) -> Graph:
     reader = _Reader(graph, trainable)
     taken: dict[int, tuple[int, Node]] = {}
     for start, period in _periods(reader.signatures()):
+        beginnings = _beginnings(start, period)
+        # A run repeats itself after every multiple of its period, too: as often as it is long.
+        if not any(_apart(taken, begin, begin + FEWEST * period) for begin in beginnings):
+            continue
         begin, blocks = max(
-            (_run(reader, begin, period) for begin in _beginnings(start, period)),
-            key=lambda run: len(run[1]),
+            (_run(reader, begin, period) for begin in beginnings), key=lambda run: len(run[1])
         )
         end = begin + period * len(blocks)
-        apart = all(end <= first or begin >= last for first, (last, _) in taken.items())
-        if len(blocks) >= FEWEST and apart:
+        if len(blocks) >= FEWEST and _apart(taken, begin, end):
             taken[begin] = end, reader.node(begin, period, blocks)
     nodes: list[Node] = []
     position = 0
@@ -78,6 +80,11 @@ def rolled(graph: Graph, trainable: tuple[bool, ...]) -> Graph:
         nodes += [*graph.nodes[position:begin], node]
         position = end
     return dataclasses.replace(graph, nodes=(*nodes, *graph.nodes[position:]))
+
+
+def _apart(taken: Mapping[int, tuple[int, Node]], begin: int, end: int) -> bool:
+    """Whether no run has taken any of some places."""
+    return all(end <= first or begin >= last for first, (last, _) in taken.items())
 
 
 def _beginnings(start: int, period: int) -> list[int]:
