@@ -34,7 +34,7 @@ def test_the_first_example_is_the_one_whose_spec_is_shown():
 
 
 def test_what_the_page_points_at_exists():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", TEXT)
     assert links
     assert [link for link in links if not (PAGE.parent / link).exists()] == []
     makefile = (PAGE.parent / "Makefile").read_text(encoding="utf-8")
