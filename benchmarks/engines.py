@@ -1,11 +1,12 @@
 """What engines of inference make of the representatives of one network: signal-to-noise, agreement.
 
 A depthwise-separable network is trained on scikit-learn's digits, moved to several representatives,
-quantized to 8 bits, weights and activations, and run by Qwix (ranges of activations as it runs), by
-ONNX Runtime (static ranges from 128 images; one scale per kernel, and one per output channel) and
-by LiteRT (static ranges, one scale per output channel). Each entry is the mean over training seeds,
-with the standard deviation. The exported functions take their weights as constants. In an
-environment of its own, Python 3.11:
+quantized to 8 bits, weights and activations, and run by Qwix (ranges of activations as it runs; its
+default range of weights, and one whose largest weight is on the grid), by ONNX Runtime (static
+ranges from 128 images; one scale per kernel, and one per output channel) and by LiteRT (static
+ranges, one scale per output channel). Each entry is the mean over training seeds, with the standard
+deviation. The exported functions take their weights as constants. In an environment of its own,
+Python 3.11:
 
     python -m venv engines && engines/bin/pip install pathcond-jax[experiments] qwix jax2onnx \
         onnxruntime ai-edge-litert litert-converter ai-edge-quantizer && \
@@ -36,6 +37,10 @@ from pathcond_jax.experiments import data
 from pathcond_jax.quantization import calibrate, quantization_noise
 
 STEPS, UNLUCKY, SIGNATURE = 600, 1.0, "serving_default"
+
+# Qwix takes the largest weight of a channel to 127.5 steps and rounds it to 127. In this
+# range it is on the grid.
+WIDENED = f"absmax,{127.5 / 127}"
 
 
 class Separable(nn.Module):
@@ -93,10 +98,12 @@ def representatives(params, spec, calibration):
     return {"trained": params, "unlucky": unlucky, **conditioned}
 
 
-def by_qwix(model, params, x, calibration):
+def by_qwix(model, params, x, calibration, *, range_of_weights="absmax"):
     """Logits of Qwix's int8 program: weights per channel, activations with dynamic ranges."""
     del calibration
-    rule = qwix.QuantizationRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)
+    rule = qwix.QuantizationRule(
+        weight_qtype=jnp.int8, act_qtype=jnp.int8, weight_calibration_method=range_of_weights
+    )
     quantized = qwix.quantize_model(model, qwix.PtqProvider([rule]))
     shapes = jax.eval_shape(quantized.init, jax.random.key(0), x)["params"]
     weights = qwix.quantize_params(params["params"], shapes)
@@ -160,6 +167,7 @@ def by_litert(apply_fn, params, x, calibration):
 
 ENGINES = {
     "Qwix": functools.partial(by_qwix, MODEL),
+    "Qwix, widened": functools.partial(by_qwix, MODEL, range_of_weights=WIDENED),
     "ONNX Runtime, per tensor": functools.partial(by_onnx_runtime, MODEL.apply, per_channel=False),
     "ONNX Runtime, per channel": functools.partial(by_onnx_runtime, MODEL.apply, per_channel=True),
     "LiteRT": functools.partial(by_litert, MODEL.apply),
