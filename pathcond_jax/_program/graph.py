@@ -1,6 +1,7 @@
 """A traced program as a flat list of operations: calls inlined, constants apart, no dead code."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,6 +129,11 @@ def trace(fun: Callable[..., Any], *args: PyTree) -> Graph:
     return _flattened(closed, _Builder(calling_line()))
 
 
+def _size(shape: tuple[Any, ...]) -> float:
+    """How many entries an array has; infinitely many if the program is for any size."""
+    return math.prod(shape) if all(isinstance(n, int) for n in shape) else math.inf
+
+
 def _flattened(closed: Any, builder: "_Builder", call: Origin | None = None) -> Graph:
     """The flat program of a closed jaxpr, of an inner one that runs at ``call``."""
     jaxpr = getattr(closed, "jaxpr", closed)
@@ -202,7 +208,7 @@ class _Builder:
 
     def operation(self, eqn: Any, inputs: list[int], call: Origin | None) -> list[int]:
         outputs = [self.new(var.aval) for var in eqn.outvars]
-        size = sum(int(np.prod(self.avals[i].shape, dtype=np.int64)) for i in outputs)
+        size = sum(_size(self.avals[i].shape) for i in outputs)
         known = all(i in self.constants for i in inputs) and size <= _FOLD_LIMIT
         programs = {key for key, value in eqn.params.items() if holds_program(value)}
         if known and not eqn.effects and programs <= _FOLDED:

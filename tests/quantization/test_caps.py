@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax import export
 
 import pathcond_jax as pathcond
 from pathcond_jax.quantization import CappingWarning, caps_as_parameters, fold_batch_norm
@@ -55,6 +56,16 @@ CLIPS = {
     "minimum": lambda x: jnp.minimum(x, 1.0),
     "axis 1": lambda x: jnp.clip(x.T, -0.5, 2.0).T,
 }
+
+
+def test_folded_and_capped_networks_are_exported_for_any_number_of_examples():
+    model = MobileBlocks()
+    variables = model.init(jax.random.key(0), images(1))
+    folded, params = fold_batch_norm(model.apply, variables, images(1))
+    capped, tree = caps_as_parameters(folded, params, images(1))
+    examples = jax.ShapeDtypeStruct(export.symbolic_shape("b, 5, 5, 3"), jnp.float32)
+    exported = export.export(jax.jit(lambda x: capped(tree, x)))(examples)
+    assert_same(model.apply(variables, images(3)), exported.call(images(3)))
 
 
 @pytest.mark.parametrize("clip", CLIPS)
