@@ -121,11 +121,11 @@ class Images(quantization.CalibrationDataReader):
         return next(self.batches, None)
 
 
-def by_onnx_runtime(apply_fn, params, x, calibration, *, per_channel):
-    """Logits of ONNX Runtime's static int8 program."""
+def by_onnx_runtime(apply_fn, params, x, calibration, *, per_channel, batch="B"):
+    """Logits of ONNX Runtime's static int8 program, of any number of examples or of ``batch``."""
     with tempfile.TemporaryDirectory() as folder:
         plain, static = (str(pathlib.Path(folder) / name) for name in ("plain.onnx", "int8.onnx"))
-        model = jax2onnx.to_onnx(lambda x: apply_fn(params, x), [("B", *x.shape[1:])])
+        model = jax2onnx.to_onnx(lambda x: apply_fn(params, x), [(batch, *x.shape[1:])])
         pathlib.Path(plain).write_bytes(model.SerializeToString())
         quantization.quantize_static(
             plain,
