@@ -47,6 +47,7 @@ from pathcond_jax._program.graph import Graph, Node
 from pathcond_jax._spec import extended_range
 from pathcond_jax._spec.arrays import each, entries_of, is_traced
 from pathcond_jax._spec.extended_range import Scaled, ScaledDiagonal, log_of
+from pathcond_jax._spec.sharding import automatic
 from pathcond_jax._spec.spec import ArchSpec
 from pathcond_jax._spec.trees import match_leaves
 from pathcond_jax._spec.types import PyTree, SpecError
@@ -288,6 +289,10 @@ def conditioning_score(params: PyTree, spec: ArchSpec) -> jax.Array:
       0.0
     """
     gram = scaled_gram_diagonal(params, spec)
+    return automatic(lambda gram: (gram, _score(gram, spec)), gram)[1]
+
+
+def _score(gram: ScaledDiagonal, spec: ArchSpec) -> jax.Array:
     pairs = zip(
         spec.leaves, jax.tree.leaves(gram.mantissa), jax.tree.leaves(gram.exponent), strict=True
     )

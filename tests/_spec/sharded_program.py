@@ -147,6 +147,10 @@ def explicit():
 
     placed = jax.tree.map(jax.device_put, params, shardings)
     report("explicit", step(placed), step(params), shardings)
+    mixed = shard(params, mesh, [P("data", None), P(None, "data")])
+    score = jax.jit(lambda params: [pathcond.conditioning_score(params, spec)])
+    found = score(jax.tree.map(jax.device_put, params, mixed))
+    report("explicit score", found, score(params), [NamedSharding(mesh, P())])
 
 
 def distributed():

@@ -49,7 +49,7 @@ def reports():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["condition", "step", "init", "explicit"])
+@pytest.mark.parametrize("name", ["condition", "step", "init", "explicit", "explicit score"])
 def test_sharded_equals_single_device(reports, name):
     report = reports[name]
     assert report["deviation"] < 1e-5
