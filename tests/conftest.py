@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextvars
 import functools
-import gc
 import itertools
 import os
 import pathlib
@@ -36,12 +35,6 @@ collect_ignore = [
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
-
-
-def pytest_collection_finish() -> None:
-    """Spares the garbage collector what was imported, which lives as long as the process."""
-    gc.collect()
-    gc.freeze()
 
 
 # Linux allows a process 65530 memory maps, of which each compiled program holds a few. Reading
