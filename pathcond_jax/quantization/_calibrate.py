@@ -145,12 +145,16 @@ def _sums(
     """Everything that one batch tells.
 
     The draws are a loop here, of one compiled program: on CPU, XLA computes the derivatives of a
-    convolution by its kernel some hundred times as slowly within a loop of its own.
+    convolution by its kernel some hundred times as slowly within a loop of its own. One program at
+    a time: with several under way, devices that share the threads of a CPU may wait for each other
+    forever.
     """
-    found = _observed_sums(traced, spec, leaves, inputs)
+    found = jax.block_until_ready(_observed_sums(traced, spec, leaves, inputs))
     squares = found.weights, found.activations
     for draw in range(min(draws, _num_outputs(traced))):
-        squares = _squares_added(traced, spec, draws, leaves, inputs, key, np.int32(draw), squares)
+        squares = jax.block_until_ready(
+            _squares_added(traced, spec, draws, leaves, inputs, key, np.int32(draw), squares)
+        )
     return found._replace(weights=squares[0], activations=squares[1])
 
 
