@@ -58,7 +58,7 @@ class Layer(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """Images (batch, 224, 224, 3), pixels from -1 to 1, to logits of 1000 classes."""
+    """Images (batch, height, width, 3), pixels from -1 to 1, to logits of 1000 classes."""
 
     @nn.compact
     def __call__(self, x):
@@ -166,7 +166,7 @@ def photographs():
 
 
 def crops(count=NUM_CROPS, seed=0):
-    """Squares at random places of random photographs, half of them mirrored."""
+    """Squares of SIZE pixels at random places of random photographs, half of them mirrored."""
     rng, pictures = np.random.default_rng(seed), list(photographs().values())
     return np.stack([_crop(pictures[k % len(pictures)], rng) for k in range(count)])
 
